@@ -1,0 +1,35 @@
+# Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10, make and a C++ compiler.
+PYTHON ?= python3
+BIN = .venv/bin
+.PHONY: demo test lab export crf-if-possible
+
+demo: .venv/ready crf-if-possible
+	$(BIN)/ppc demo
+
+test: .venv/ready .venv/crf
+	$(BIN)/python -m pytest tests
+
+lab: .venv/ready
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+# After a change in nbs/: strip what execution leaves behind, then write ppc/ anew
+export: .venv/ready
+	$(BIN)/nbdev_clean
+	rm -rf ppc && $(BIN)/nbdev_export
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# pydensecrf's generated C++ is older than today's Python: have Cython write it again, and the last Cython that can
+.venv/crf: .venv/ready
+	echo 'cython<3' > .venv/constraint.txt
+	CYTHON_FORCE_REGEN=1 PIP_CONSTRAINT=.venv/constraint.txt PIP_BUILD_CONSTRAINT=.venv/constraint.txt \
+		$(BIN)/pip install --quiet --use-pep517 pydensecrf
+	touch $@
+
+# The demo goes on without its +CRF column where this cannot be built
+crf-if-possible: .venv/ready
+	-$(MAKE) .venv/crf

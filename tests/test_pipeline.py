@@ -1,0 +1,166 @@
+"From a folder of tagged images to masks; and what happens when something is wrong, missing, damaged or interrupted."
+import json
+import shutil
+import subprocess
+import sys
+import numpy as np
+import pytest
+import yaml
+from filelock import FileLock
+from typer.testing import CliRunner
+from ppc import cli, pipeline
+from ppc.data import DataError, TagFolder, read_mask
+from ppc.inference import read_cam
+from ppc.pipeline import read_json, run, settings
+
+QUICK = dict(batch_size=4, crop=64, target=32, resize=[64, 96], k=4, seg_batch_size=4)
+
+
+@pytest.fixture(scope='module')
+def done(scenes, tmp_path_factory):
+    "A finished run of two methods."
+    out = tmp_path_factory.mktemp('runs')/'done'
+    return out, run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+
+
+def test_every_stage_reports(done, scenes):
+    out, result = done
+    assert set(result['seed_miou']) == {'cam', 'seam+ppc'} and result['segmentation_miou'] is not None
+    for stage in ['cam/train', 'cam/cams-train', 'cam/seeds', 'cam/crf', 'seam+ppc/train', 'masks', 'segmenter', 'segmentation', '.']:
+        assert (out/stage/'metrics.json').is_file() and (out/stage/'config.json').is_file()
+    assert result == read_json(out/'metrics.json') and result['parameters']['k'] == 4 and result['versions']['torch']
+    for i in TagFolder(scenes).ids: assert read_mask(out/'masks'/f'{i}.png').shape == (128, 128)
+    assert len(list((out/'segmentation').glob('*.png'))) == 4
+
+
+def test_again_does_nothing(done, scenes, monkeypatch):
+    out, result = done
+    monkeypatch.setattr(pipeline, 'fit', None)
+    assert run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK) == result
+
+
+def test_lost_stage_is_done_again(done, scenes, tmp_path):
+    "Without its metrics.json a stage is not done, whatever else it left."
+    shutil.copytree(done[0], tmp_path/'run')
+    for stage in ('.', 'masks'): (tmp_path/'run'/stage/'metrics.json').unlink()
+    lost = tmp_path/'run'/'masks'/'train00000.png'
+    lost.unlink()
+    again = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+    assert lost.is_file() and again['seed_miou'] == done[1]['seed_miou'] and again['mask_miou'] == done[1]['mask_miou']
+
+
+def test_same_seed_same_numbers(done, scenes, tmp_path):
+    again = run(tmp_path/'again', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+    for k in ('seed_miou', 'seed_crf_miou', 'mask_miou', 'segmentation_miou'): assert again[k] == done[1][k]
+
+
+@pytest.mark.parametrize('change', [dict(k=8), dict(scales=[1.0, 1.5]), dict(seed=1)])
+def test_other_parameters_are_refused(done, scenes, change):
+    name, = change
+    with pytest.raises(ValueError, match=f'{name} = '): run(done[0], ['cam', 'seam+ppc'], data=str(scenes), **{**QUICK, **change})
+
+
+@pytest.mark.parametrize('stage, name', [('cam/cams-train', 'train00001.npz'), ('masks', 'train00001.png')])
+def test_damaged_file_is_named(done, scenes, tmp_path, stage, name):
+    shutil.copytree(done[0], tmp_path/'run')
+    path = tmp_path/'run'/stage/name
+    path.write_bytes(path.read_bytes()[:100])
+    for s in ('.', 'cam/seeds', 'seam+ppc/seeds', 'segmenter'): (tmp_path/'run'/s/'metrics.json').unlink()
+    shutil.rmtree(tmp_path/'run'/'segmenter')
+    with pytest.raises(DataError, match=name): run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+
+
+def test_cam_files_unpickle_nothing(tmp_path):
+    np.savez(tmp_path/'a.npz', cam=np.array([{}], dtype=object), present=np.array([1]))
+    with pytest.raises(DataError, match='damaged'): read_cam(tmp_path/'a.npz')
+
+
+def test_damaged_metrics_are_named(done, scenes, tmp_path):
+    shutil.copytree(done[0], tmp_path/'run')
+    (tmp_path/'run'/'metrics.json').write_text('{"seed')
+    with pytest.raises(DataError, match='metrics.json is damaged'): run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+
+
+def test_two_processes_do_not_share_a_run(scenes, tmp_path):
+    with FileLock(tmp_path/'.lock'):
+        code = f'from ppc.pipeline import run; run({str(tmp_path)!r}, ["cam"], data={str(scenes)!r})'
+        found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert found.returncode and 'another process' in found.stderr
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(epoch=3), "did you mean 'epochs'"), (dict(colour='red'), "no parameter 'colour'"), (dict(epochs='3'), 'type int'),
+    (dict(crf=1), 'type bool'), (dict(scales=1.0), 'type list')])
+def test_parameters_are_checked(wrong, words):
+    with pytest.raises(ValueError, match=words): settings(**wrong)
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(methods=['sam']), "no method 'sam'"), (dict(backbone='resnet5000'), 'resnet5000'), (dict(batch_size=17), 'batch_size is 17'),
+    (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
+    (dict(backbone='vgg11', output_stride=8), 'output stride')])
+def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
+    monkeypatch.setattr(pipeline, 'fit', None)
+    if 'batch_size' in wrong: monkeypatch.undo()   # known only with the list: at the first step
+    with pytest.raises(ValueError, match=words): run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
+
+
+def test_bad_image_ends_before_training(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, 'fit', None)
+    (mine/'JPEGImages'/'val00003.jpg').write_bytes(b'')
+    with pytest.raises(DataError, match='val00003.jpg'): run(tmp_path/'run', ['cam'], data=str(mine), **QUICK)
+
+
+def test_tags_only_and_no_crf(mine, tmp_path, monkeypatch):
+    "One's own photographs: no masks, no lists, no compiler. Masks come out, numbers that need truth do not."
+    for d in ('SegmentationClass', 'Saliency', 'Parts', 'ImageSets'): shutil.rmtree(mine/d)
+    monkeypatch.setattr(pipeline, 'crf_available', lambda: False)
+    result = run(tmp_path/'run', ['cam'], data=str(mine), val_split='', **QUICK)
+    assert result['seed_miou'] == {'cam': None} and result['seed_crf_miou'] == {'cam': None} and result['segmentation_miou'] is None
+    assert result['seed_threshold'] == {'cam': .25} and len(list((tmp_path/'run'/'masks').glob('*.png'))) == 20
+
+
+def test_any_size_any_network(mine, tmp_path):
+    "Images of several sizes, a timm network at output stride 16 with weights from a file, a target that is no multiple of the stride."
+    import timm, torch
+    from PIL import Image
+    for n, i in enumerate(TagFolder(mine).ids):
+        for d, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
+            path = mine/d/f'{i}.{ending}'
+            Image.open(path).resize((100 + n % 3, 90), Image.NEAREST).save(path)
+    torch.save(timm.create_model('mobilenetv2_035').state_dict(), tmp_path/'w.pt')
+    result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **{**QUICK, 'target': 47, 'crop': 81}, grid=5, backbone='mobilenetv2_035',
+                 weights=str(tmp_path/'w.pt'), output_stride=16, segmenter=False, scales=[.5, 1.0])
+    assert result['seed_miou']['seam+ppc'] is not None
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+def ppc(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+def test_command_runs_and_writes_a_notebook(scenes, tmp_path):
+    (tmp_path/'p.yaml').write_text(yaml.safe_dump(dict(QUICK, data=str(scenes), out=str(tmp_path/'run'), methods=['cam'])))
+    done = ppc('run', tmp_path/'p.yaml', '-p', 'segmenter=false', '-p', 'crf=false')
+    assert done.exit_code == 0, done.output
+    assert 'cam' in done.output and (tmp_path/'run'/'result.png').is_file()
+    book = json.loads((tmp_path/'run'/'run.ipynb').read_text())
+    assert not any(o.get('output_type') == 'error' for c in book['cells'] for o in c.get('outputs', []))
+
+
+@pytest.mark.parametrize('text, words', [('epoch: 3\nout: x', "did you mean 'epochs'"), ('data: x', 'out'), ('- a', 'name: value'), ('a: [', 'YAML')])
+def test_command_tells_what_is_wrong(tmp_path, text, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'p.yaml').write_text(text)
+    done = ppc('run', tmp_path/'p.yaml')
+    assert done.exit_code == 1 and words in done.output and 'Traceback' not in done.output
+
+
+def test_scenes_are_repeatable(tmp_path):
+    assert ppc('scenes', tmp_path/'a', '--train', 3, '--val', 1).exit_code == 0
+    assert ppc('scenes', tmp_path/'b', '--train', 3, '--val', 1).exit_code == 0
+    for f in sorted((tmp_path/'a').rglob('*.*')):
+        if f.is_file(): assert f.read_bytes() == (tmp_path/'b'/f.relative_to(tmp_path/'a')).read_bytes()
+    assert ppc('scenes', tmp_path/'a', '--train', 3, '--val', 1).exit_code == 0
+    other = ppc('scenes', tmp_path/'a', '--train', 4)
+    assert other.exit_code == 1 and 'choose another folder' in other.output

@@ -1,0 +1,110 @@
+"Killed, stopped or left alone: the same bits."
+import json
+import signal
+import subprocess
+import sys
+import time
+import pytest
+import torch
+from ppc.backbones import Tiny, load_weights, read_weights
+from ppc.data import DataError
+from ppc.training import Batches, read_log
+
+RUN = '''
+import sys, torch
+torch.set_num_threads(1)
+from ppc.pipeline import settings, CamTraining, Shared, train_cam
+from ppc.data import TagFolder
+import ppc.training as training
+from pathlib import Path
+data, out, slow = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+plain = training._record
+def record(*a):
+    import time; time.sleep(slow); return plain(*a)
+training._record = record
+out.mkdir(exist_ok=True)
+p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4)
+fit = training.fit
+import ppc.pipeline
+ppc.pipeline.fit = lambda *a, **k: fit(*a, **k, log_every=1)
+train_cam(out, TagFolder(data), 'seam+ppc', p[Shared], p[CamTraining], None)
+'''
+
+
+def start(data, out, slow=0): return subprocess.Popen([sys.executable, '-c', RUN, data, out, str(slow)], stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    error = process.communicate(timeout=300)[1]
+    return process.returncode, error
+
+
+@pytest.fixture(scope='module')
+def whole(scenes, tmp_path_factory):
+    "A run that was left alone."
+    out = tmp_path_factory.mktemp('whole')
+    code, error = finish(start(scenes, out))
+    assert code == 0, error
+    return out
+
+
+def wait_for_steps(out, n, process):
+    while not (out/'log.jsonl').exists() or len(read_log(out/'log.jsonl')) < n:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(.02)
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('step', [6])
+def test_stopped_and_resumed_is_the_same_bits(how, step, scenes, whole, tmp_path):
+    process = start(scenes, tmp_path, slow=.2)
+    wait_for_steps(tmp_path, step, process)
+    process.send_signal(how)
+    code, error = finish(process)
+    assert code != 0 and not (tmp_path/'weights.safetensors').exists()
+    done = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step']
+    assert done == 4 if how == signal.SIGKILL else done >= step     # at the epoch's end; a polite signal is heard at once
+    if how != signal.SIGKILL: assert 'Stopped' in error
+    code, error = finish(start(scenes, tmp_path))
+    assert code == 0, error
+    a, b = (read_weights(f/'weights.safetensors') for f in (whole, tmp_path))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    drop = lambda rows: [{k: v for k, v in r.items() if k != 'images_per_s'} for r in rows]
+    assert drop(read_log(whole/'log.jsonl')) == drop(read_log(tmp_path/'log.jsonl'))
+
+
+def test_truncated_checkpoint_is_named(scenes, whole, tmp_path):
+    (tmp_path/'checkpoint.pt').write_bytes((whole/'checkpoint.pt').read_bytes()[:5000])
+    code, error = finish(start(scenes, tmp_path))
+    assert code != 0 and 'checkpoint.pt' in error and 'delete it' in error
+
+
+def test_batches_are_a_permutation_each_epoch():
+    steps = list(Batches(10, 3, 4, seed=1))
+    assert len(steps) == len(Batches(10, 3, 4)) == 12
+    for e in range(4):
+        seen = [i for s in steps[3*e:3*e + 3] for epoch, i in s]
+        assert len(set(seen)) == 9 and {epoch for s in steps[3*e:3*e + 3] for epoch, _ in s} == {e}
+
+
+def test_too_large_a_batch_is_told():
+    with pytest.raises(ValueError, match='batch_size is 32'): Batches(16, 32, 1)
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda s: s.pop('conv3.0.0.weight'), 'lacks the tensor conv3.0.0.weight'),
+    (lambda s: s.update(extra=torch.zeros(1)), 'extra'),
+    (lambda s: s.update({'conv3.0.0.weight': torch.zeros(1)}), 'conv3.0.0.weight as')])
+def test_weights_that_do_not_fit_are_named(spoil, words, tmp_path):
+    state = Tiny().state_dict()
+    spoil(state)
+    torch.save(state, tmp_path/'w.pt')
+    with pytest.raises(DataError, match=words): load_weights(Tiny(), tmp_path/'w.pt')
+
+
+def test_weights_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self): return (open, (str(tmp_path/'ran'), 'w'))
+    torch.save({'a': Evil()}, tmp_path/'evil.pt')
+    with pytest.raises(DataError, match='evil.pt'): read_weights(tmp_path/'evil.pt')
+    assert not (tmp_path/'ran').exists()
