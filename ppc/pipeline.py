@@ -40,7 +40,7 @@ class Shared:
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_pipeline.ipynb #46da5abd
+# %% ../nbs/37_pipeline.ipynb #491ccafc
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
@@ -52,6 +52,7 @@ class CamTraining:
     resize: list = field(default_factory=lambda: [112, 160])  # long edge in pixels, from..to
     crop: int = 128                 # side of the source view in pixels
     target: int = 64                # side of the target view in pixels
+    map_stride: int = 4             # SEAM compares maps at the image's size divided by this; the authors' is 1
     epochs: int = 1                 # how often each image is seen
     batch_size: int = 8             # images per step and process
     optimizer: str = 'AdamW'        # any class of torch.optim
@@ -152,7 +153,7 @@ def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM f
     backbone = make_backbone(c, pretrained)
     return CamNet(backbone, classes, refine=PCM(backbone.channels[:2]) if 'seam' in method.split('+') else None)
 
-# %% ../nbs/37_pipeline.ipynb #af02edc5
+# %% ../nbs/37_pipeline.ipynb #1d1d7689
 def method_losses(
     method, # 'cam', 'seam', 'cam+ppc' or 'seam+ppc'
     c,      # `CamTraining`
@@ -167,7 +168,7 @@ def method_losses(
         source = model(image)
         if parts == ['cam']: return {'cls': class_loss(source.cam, tags)}
         target = model(resize(image, c.target))
-        if parts[0] == 'seam': terms = seam_losses(source, target, (c.crop, c.target), tags)
+        if parts[0] == 'seam': terms = seam_losses(source, target, [max(2, n//c.map_stride) for n in (c.crop, c.target)], tags)
         else: terms = {'cls': (class_loss(source.cam, tags) + class_loss(target.cam, tags))/2}
         if 'ppc' in parts:
             found = contrast(*paired_views(source, target, c.grid or None), tags)

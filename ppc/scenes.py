@@ -125,7 +125,7 @@ def closeup(
     _animal([image], rng, c, fx - way*size, fy + .45*size, size, way)
     return _finish(rng, image, SIDE//2), c
 
-# %% ../nbs/01_scenes.ipynb #bf477860
+# %% ../nbs/01_scenes.ipynb #e38f4684
 def saliency(
     mask,       # (H, W) class numbers
     rng,        # `np.random.Generator`
@@ -134,7 +134,7 @@ def saliency(
     "A made-up saliency map of the quality given."
     h, w = mask.shape
     noise = Image.fromarray(rng.normal(0, 1, (h//8, w//8)).astype(np.float32)).resize((w, h), Image.BICUBIC)
-    soft = (mask > 0) + (1 - quality)*2*np.asarray(noise)
+    soft = (mask > 0) + (1 - quality)*np.asarray(noise)
     blurred = Image.fromarray((255*soft.clip(0, 1)).astype(np.uint8)).filter(ImageFilter.GaussianBlur(8*(1 - quality)))
     return np.asarray(blurred)
 

@@ -98,10 +98,10 @@ def min_pooling_loss(
     best = (refined[:, 1:]*tags[:, :, None, None]).amax(1).flatten(1)
     return F.relu(best.topk(best.shape[1]//4, dim=1, largest=False).values).mean()
 
-# %% ../nbs/13_seam.ipynb #63c663b6
+# %% ../nbs/13_seam.ipynb #9c3ff8da
 def seam_losses(
     source, target, # `Maps` of the two views
-    sizes,          # side of the source image and of the target image, in pixels
+    sizes,          # sides to which the maps of the two views are brought; the authors' are those of the images
     tags,           # (N, C)
 ):                  # dict of scalars: cls, er, ecr, min
     "SEAM's terms, to be summed."
