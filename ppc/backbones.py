@@ -63,7 +63,7 @@ def load_weights(
         if k not in own: raise DataError(f'{path} has the tensor {k}, which this network lacks.')
     module.load_state_dict(state)
 
-# %% ../nbs/10_backbones.ipynb #b3c1a7e8
+# %% ../nbs/10_backbones.ipynb #671af35c
 class Timm(nn.Module):
     "A timm network by name. Returns two intermediate maps and the last one; batch normalisation stays frozen."
     def __init__(self,
@@ -72,7 +72,8 @@ class Timm(nn.Module):
         weights=None,     # None: random; 'hub': timm's own; otherwise a local file
     ):
         super().__init__()
-        self.net, self.stride = _create(name, output_stride, weights == 'hub'), output_stride
+        self.net, self.stride = _create(name, output_stride), output_stride
+        if weights == 'hub': _from_hub(self.net, name)
         if weights not in (None, 'hub'): load_weights(self.net, weights)
         self.net.reset_classifier(0)
         info = self.net.feature_info
@@ -91,15 +92,21 @@ class Timm(nn.Module):
         freeze_batchnorm(self)
         return self
 
-# %% ../nbs/10_backbones.ipynb #79773016
-def _create(name, output_stride, pretrained):
+# %% ../nbs/10_backbones.ipynb #d0e09138
+def _create(name, output_stride):
     "A timm network with the stride asked for; those made of patches have theirs by name and need to accept any image size."
     if not timm.is_model(name): raise ValueError(f'timm knows no network {name!r}: see timm.list_models().')
+    reason = None
     for kw in ({'output_stride': output_stride}, {'dynamic_img_size': True}):
-        try: return timm.create_model(name, pretrained=pretrained, **kw)
-        except TypeError as e: reason = e
+        try: return timm.create_model(name, **kw)
+        except TypeError as e: reason = reason or e
         except (NotImplementedError, AssertionError) as e: raise ValueError(f'{name} has no output stride {output_stride}: {e}') from None
     raise ValueError(f'{name} cannot be built with output stride {output_stride}: {reason}')
+
+def _from_hub(net, name):
+    try: timm.models.load_pretrained(net)
+    except Exception as e:
+        raise DataError(f'The weights of {name} could not be fetched ({str(e).splitlines()[0]}): connect to a network, or give a local file as weights.') from e
 
 # %% ../nbs/10_backbones.ipynb #8dc375d9
 def parameter_groups(

@@ -73,9 +73,11 @@ def confidences(
     "Max-normalised maps of the tagged classes, with background."
     return with_background(max_norm(cam[:, 1:])*tags[:, :, None, None].to(cam.dtype))
 
-# %% ../nbs/11_cam.ipynb #c8c724a1
+# %% ../nbs/11_cam.ipynb #1f1f8f0c
 def pseudo_labels(
-    m, # confidences (N, C+1, h, w)
-):     # (N, h, w) long, 0 = background
+    m,             # confidences (N, C+1, h, w)
+    background=.2, # a pixel is background where no class exceeds this
+):                 # (N, h, w) long, 0 = background
     "The most confident class of each pixel; ties go to the lower number, so to the background."
-    return m.argmax(1)
+    best, c = m[:, 1:].max(1)
+    return torch.where(best > background, c + 1, 0)

@@ -16,9 +16,8 @@ from .pipeline import METHODS, run as run_pipeline
 from .scenes import make_scenes
 from .training import Stopped
 
-# %% ../nbs/41_cli.ipynb #c2763206
-DEMO = dict(scenes=1000, closeups=2400, pretrain_epochs=4, epochs=4, batch_size=16, workers=2,
-            seg_epochs=4, seg_batch_size=16, scales=[1.0], seg_scales=[1.0])
+# %% ../nbs/41_cli.ipynb #56828813
+DEMO = dict(scenes=1000, closeups=2400, pretrain_epochs=6, target=96, epochs=4, batch_size=16, seg_epochs=5, seg_batch_size=16, workers=2)
 
 # %% ../nbs/41_cli.ipynb #f49207f0
 def notebook():  # path of 50_run.ipynb, beside the package or inside it

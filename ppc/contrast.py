@@ -35,15 +35,16 @@ class Pixels(NamedTuple):
     y: torch.Tensor     # (n,) pseudo labels, -1 where the view shows nothing
     proto: Prototypes   # of this view, over the whole batch
 
-# %% ../nbs/22_contrast.ipynb #5900e69d
+# %% ../nbs/22_contrast.ipynb #7888d560
 def pixels(
     view, # `View`
     tags, # (N, C)
     k,    # K, pixels per prototype
+    background=.2, # a pixel is background where no class exceeds this
 ):        # `Pixels`
     "Confidences, pseudo labels and prototypes of a view (§3.2, Eq. 5)."
     m = confidences(view.cam.detach(), tags)
-    y = pseudo_labels(m)
+    y = pseudo_labels(m, background)
     if view.valid is not None: y = y.masked_fill(~view.valid[:, 0], -1)
     v = F.normalize(view.embedding.float(), dim=1)
     return Pixels(v.permute(0, 2, 3, 1).flatten(0, 2), y.flatten(), prototypes(v, m, y, k))
@@ -90,7 +91,7 @@ class ContrastLosses(NamedTuple):
     cross_cam: torch.Tensor
     intra: torch.Tensor
 
-# %% ../nbs/22_contrast.ipynb #60281139
+# %% ../nbs/22_contrast.ipynb #eca61192
 class PixelToPrototypeContrast(nn.Module):
     "Eq. 1 for two views of a batch. Has no parameters."
     def __init__(self,
@@ -99,14 +100,15 @@ class PixelToPrototypeContrast(nn.Module):
         alpha=.1, # weight of the two cross-view terms
         beta=.1,  # weight of the intra-view term
         mine=True,# semi-hard prototypes and hard pixels in the intra-view term
+        background=.2, # a pixel is background where no class exceeds this
     ):
         super().__init__()
-        self.k, self.tau, self.alpha, self.beta, self.mine = k, tau, alpha, beta, mine
+        self.k, self.tau, self.alpha, self.beta, self.mine, self.background = k, tau, alpha, beta, mine, background
 
     def forward(self, source, target, tags):  # two `View`s on one grid, tags (N, C) -> `ContrastLosses`
         _same_grid(source, target)
         if self.k == 0: return ContrastLosses(*(source.embedding.sum()*0 for _ in range(4)))
-        a, b = (pixels(v, tags, self.k) for v in (source, target))
+        a, b = (pixels(v, tags, self.k, self.background) for v in (source, target))
         cp, cc, intra = cross_prototype_loss(a, b, self.tau), cross_cam_loss(a, b, self.tau), intra_loss(a, b, self.tau, self.mine)
         return ContrastLosses(self.alpha*(cp + cc) + self.beta*intra, cp, cc, intra)
 

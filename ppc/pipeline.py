@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'METHODS', 'Shared', 'CamTraining', 'Seeds', 'Segmentation'
            'make_backbone', 'make_camnet', 'method_losses', 'pretrain', 'train_cam', 'make_cams', 'evaluate_seeds',
            'evaluate_masks', 'make_masks', 'train_segmenter', 'segment', 'run']
 
-# %% ../nbs/37_pipeline.ipynb #86d4bda8
+# %% ../nbs/37_pipeline.ipynb #585c6756
 import dataclasses, difflib, json, platform, resource, subprocess, time
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -23,9 +23,9 @@ from .cam import CamNet, class_loss
 from .views import paired_views, resize
 from .seam import PCM, seam_losses
 from .contrast import PixelToPrototypeContrast
-from .training import fit
+from .training import Batches, fit
 from .inference import read_cam, write_cams
-from .crf import crf_available, seed as seed_labels, write_masks
+from .crf import crf_available, write_masks
 from .deeplab import LargeFOV, segmentation_loss, write_predictions
 
 # %% ../nbs/37_pipeline.ipynb #a06d5a48
@@ -40,7 +40,7 @@ class Shared:
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_pipeline.ipynb #491ccafc
+# %% ../nbs/37_pipeline.ipynb #441530cb
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
@@ -64,14 +64,16 @@ class CamTraining:
     tau: float = 0.1                # temperature (Eq. 4)
     alpha: float = 0.1              # weight of the cross-view contrast (Eq. 1)
     beta: float = 0.1               # weight of the intra-view contrast (Eq. 1)
+    background: float = 0.2         # for the contrast a pixel is background where no class exceeds this
     grid: int = 0                   # side of the grid on which views are compared; 0: the target's own
 
-# %% ../nbs/37_pipeline.ipynb #e3731fe5
+# %% ../nbs/37_pipeline.ipynb #27ced430
 @dataclass
 class Seeds:
     "Stages <method>/cams, <method>/seeds and <method>/crf (§4.3)."
     seed_split: str = 'train'       # images whose seeds are evaluated
     scales: list = field(default_factory=lambda: [1.0])  # of the image at test time; each also mirrored
+    refined: bool = True            # seeds from the refined maps, where the method has them
     threshold: float = 0.0          # of the background; 0: the best on the masks of seed_split, 0.25 where there are none
     crf: bool = True                # also seeds + CRF, where pydensecrf is installed
 
@@ -153,7 +155,7 @@ def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM f
     backbone = make_backbone(c, pretrained)
     return CamNet(backbone, classes, refine=PCM(backbone.channels[:2]) if 'seam' in method.split('+') else None)
 
-# %% ../nbs/37_pipeline.ipynb #1d1d7689
+# %% ../nbs/37_pipeline.ipynb #dd361b77
 def method_losses(
     method, # 'cam', 'seam', 'cam+ppc' or 'seam+ppc'
     c,      # `CamTraining`
@@ -161,7 +163,7 @@ def method_losses(
     "The objective of a method. Raises `ValueError` for an unknown one."
     parts = method.split('+')
     if parts[0] not in ('cam', 'seam') or parts[1:] not in ([], ['ppc']): raise ValueError(f'There is no method {method!r}: choose from cam, seam, cam+ppc, seam+ppc.')
-    contrast = PixelToPrototypeContrast(c.k, c.tau, c.alpha, c.beta)
+    contrast = PixelToPrototypeContrast(c.k, c.tau, c.alpha, c.beta, background=c.background)
 
     def losses(model, batch):
         image, tags = batch['image'], batch['tags']
@@ -201,17 +203,17 @@ def train_cam(folder, data, method, s, c, pretrained):
     return _fit(folder, model, method_losses(method, c), views, s, c.epochs, c.batch_size, parameter_groups(model, c.lr, c.lr_new),
                 c.optimizer, method, weight_decay=c.weight_decay, **_sgd(c))
 
-# %% ../nbs/37_pipeline.ipynb #f21b85b8
+# %% ../nbs/37_pipeline.ipynb #de3de535
 def _device(s): return torch.device('cuda' if s.device == 'auto' and torch.cuda.is_available() else 'cpu')
 
 def _load(model, path, s):
     load_weights(model, path)
     return model.to(_device(s))
 
-def make_cams(folder, data, weights, method, s, c, scales):
+def make_cams(folder, data, weights, method, s, c, seeds):
     "CAM files of a split from a trained network."
     model = _load(make_camnet(dataclasses.replace(c, weights=''), len(data.classes), method), weights, s)
-    write_cams(model, data, folder, scales, label=f'{method} CAMs')
+    write_cams(model, data, folder, seeds.scales, refined=seeds.refined, label=f'{method} CAMs')
     return {'images': len(data)}
 
 def evaluate_seeds(folder, data, cams):
@@ -252,7 +254,7 @@ def segment(folder, data, weights, s, c, g):
     write_predictions(model, data, folder, g.seg_scales)
     return evaluate_masks(data, folder)
 
-# %% ../nbs/37_pipeline.ipynb #0738500f
+# %% ../nbs/37_pipeline.ipynb #e638eabc
 METHODS = ('cam', 'seam', 'seam+ppc')
 
 def run(
@@ -266,38 +268,41 @@ def run(
     for m in methods: method_losses(m, p[CamTraining])
     try:
         with FileLock(out/'.lock', timeout=0):
-            return stage(out, {'methods': list(methods), **_result_settings(p)}, lambda _: _run(out, methods, *p.values()))
+            ready = None if (out/'metrics.json').exists() else _check(out, *p.values())
+            return stage(out, {'methods': list(methods), **_config(*p.values())}, lambda _: _run(out, methods, *ready, *p.values()))
     except Timeout: raise ValueError(f'{out} is being worked on by another process: wait for it, or use another run folder.') from None
 
-def _result_settings(p): return {k: v for c in p.values() for k, v in asdict(c).items() if k not in ('workers', 'device')}
-
-# %% ../nbs/37_pipeline.ipynb #1d812c7e
-def _run(out, methods, s, c, seeds, g):
-    began = time.time()
-    root, closeups = _data(out, s)
-    lists = {split: TagFolder(root, split) for split in {c.train_split, seeds.seed_split, *_segmentation_splits(g)}}
+# %% ../nbs/37_pipeline.ipynb #b44ed259
+def _check(out, s, c, seeds, g):
+    "Everything that can be known before the first step; returns the splits and the folder of close-ups."
+    if len(c.resize) != 2: raise ValueError(f'resize is {c.resize}, it should be [from, to].')
+    root, closeups = (s.data, None) if s.data else _generate(out, s)
+    lists = {split: TagFolder(root, split) for split in sorted({c.train_split, seeds.seed_split, *_segmentation_splits(g)})}
     for data in lists.values(): check(data, masks=data.has_masks)
-    backbone = make_backbone(c)   # fails here rather than after a stage
-    del backbone
+    make_backbone(c)
+    Batches(len(lists[c.train_split]), c.batch_size, c.epochs)
+    if g.segmenter: Batches(len(lists[g.mask_split]), g.seg_batch_size, g.seg_epochs)
+    return lists, closeups if c.backbone == 'tiny' else None
+
+def _run(out, methods, lists, closeups, s, c, seeds, g):
     first = None
-    if closeups and c.backbone == 'tiny':
+    if closeups:
         stage(out/'pretrain', _config(s, c), lambda f: pretrain(f, closeups, s, c))
         first = out/'pretrain'/'weights.safetensors'
     found = {m: _method(out/m, m, lists, s, c, seeds, first) for m in methods}
     result = _seed_table(found)
     if g.segmenter: result |= _segmentation(out, found, lists, s, c, seeds, g, first)
-    return result | {'parameters': _result_settings({0: s, 1: c, 2: seeds, 3: g}), **_provenance()}
+    return result | {'parameters': _config(s, c, seeds, g), **_provenance()}
 
-# %% ../nbs/37_pipeline.ipynb #9e55f2a8
-def _data(out, s):
-    if s.data: return s.data, None
+# %% ../nbs/37_pipeline.ipynb #b87cc9dc
+def _generate(out, s):
     return make_scenes(out/'scenes', s.scenes, max(1, s.scenes//5), s.seed), make_closeups(out/'closeups', s.closeups, s.seed)
 
 def _segmentation_splits(g): return [x for x in (g.mask_split, g.val_split) if x] if g.segmenter else []
 
 def _config(*parts): return {k: v for p in parts for k, v in asdict(p).items() if k not in ('workers', 'device')}
 
-# %% ../nbs/37_pipeline.ipynb #dfae3a35
+# %% ../nbs/37_pipeline.ipynb #5c5ae067
 def _method(out, m, lists, s, c, seeds, first):
     data = lists[seeds.seed_split]
     stage(out/'train', {'method': m, **_config(s, c)}, lambda f: train_cam(f, lists[c.train_split], m, s, c, first))
@@ -311,7 +316,7 @@ def _method(out, m, lists, s, c, seeds, first):
 
 def _cams(out, m, data, s, c, seeds):
     folder = out/f'cams-{data.split}'
-    stage(folder, {'method': m, **_config(s, c, seeds)}, lambda f: make_cams(f, data, out/'train'/'weights.safetensors', m, s, c, seeds.scales))
+    stage(folder, {'method': m, **_config(s, c, seeds)}, lambda f: make_cams(f, data, out/'train'/'weights.safetensors', m, s, c, seeds))
     return folder
 
 # %% ../nbs/37_pipeline.ipynb #0de8179c

@@ -102,7 +102,11 @@ def _record(terms, step, steps, optimizer, speed):
         if not abs(v) < float('inf'): raise FloatingPointError(f'{k} is {v} at step {step} of {steps}: try a lower learning rate, or precision "no".')
     return {'step': step, **values, 'lr': optimizer.param_groups[0]['lr'], 'images_per_s': round(speed, 1)}
 
-# %% ../nbs/30_training.ipynb #23f8b925
+# %% ../nbs/30_training.ipynb #f6dd3d64
+def _bar(accelerator, steps, start, label):   # one process shows it; TQDM_DISABLE in the environment hides it
+    return tqdm(total=steps, initial=start, desc=label, **({} if accelerator.is_main_process else {'disable': True}))
+
+# %% ../nbs/30_training.ipynb #84115094
 def fit(
     model,           # moved to the device and trained in place
     losses,          # (model, batch) -> dict of scalars
@@ -126,11 +130,12 @@ def fit(
     plain, checkpoint = accelerator.unwrap_model(model), out/'checkpoint.pt'
     start = load_checkpoint(checkpoint, plain, optimizer, accelerator.scaler)
     if accelerator.is_main_process: _rewind(out/'log.jsonl', start)
-    batches = Batches(len(data), batch_size, epochs, seed, start)
+    team = accelerator.num_processes   # they take turns in the list of batches
+    batches = Batches(len(data), batch_size, epochs, seed, start*team)
     loader = accelerator.prepare(DataLoader(data, batch_sampler=batches, num_workers=workers))
-    steps = batches.steps//accelerator.num_processes
+    steps, epoch = batches.steps//team, max(1, batches.per_epoch//team)
     model.train()
-    with stop_signals() as stop, open(out/'log.jsonl', 'a') as log, tqdm(total=steps, initial=start, desc=label, disable=not accelerator.is_main_process) as bar:
+    with stop_signals() as stop, open(out/'log.jsonl', 'a') as log, _bar(accelerator, steps, start, label) as bar:
         for step, batch in enumerate(loader, start + 1):
             torch.manual_seed(seed_of(seed, step, accelerator.process_index))
             poly(optimizer, (step - 1)/steps, power)
@@ -139,11 +144,11 @@ def fit(
             accelerator.backward(sum(terms.values()))
             optimizer.step()
             if step % log_every == 0 or step == steps:
-                row = _record(terms, step, steps, optimizer, (step - start)*batch_size*accelerator.num_processes/(time.time() - began))
+                row = _record(terms, step, steps, optimizer, (step - start)*batch_size*team/(time.time() - began))
                 if accelerator.is_main_process: log.write(json.dumps(row) + '\n'); log.flush()
                 bar.set_postfix({k: f'{v:.3g}' for k, v in row.items() if k not in ('step', 'lr')}, refresh=False)
             bar.update()
-            if accelerator.is_main_process and (step % batches.per_epoch == 0 or stop):
+            if accelerator.is_main_process and (step % epoch == 0 or step == steps or stop):
                 save_checkpoint(checkpoint, plain, optimizer, accelerator.scaler, step)
             if stop: raise Stopped(f'{label} was stopped after step {step} of {steps}; start it again to continue.')
     if accelerator.is_main_process:

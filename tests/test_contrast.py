@@ -27,7 +27,8 @@ def ready(view, tags, K):
             for j in range(w):
                 e = view.embedding[n, :, i, j].double()
                 v.append(e/e.norm().clamp(min=1e-12))
-                y.append(int(m[n, :, i, j].argmax()))
+                fg = m[n, 1:, i, j]
+                y.append(int(fg.argmax()) + 1 if fg.max() > .2 else 0)
                 where.append((n, i, j))
     found = {}
     for c in range(C1):

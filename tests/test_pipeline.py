@@ -101,8 +101,13 @@ def test_parameters_are_checked(wrong, words):
     (dict(backbone='vgg11', output_stride=8), 'output stride')])
 def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
     monkeypatch.setattr(pipeline, 'fit', None)
-    if 'batch_size' in wrong: monkeypatch.undo()   # known only with the list: at the first step
     with pytest.raises(ValueError, match=words): run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
+
+
+def test_a_mistake_can_be_mended_in_the_same_folder(scenes, tmp_path):
+    "What was refused before it began leaves no configuration behind."
+    with pytest.raises(ValueError): run(tmp_path/'run', ['cam'], data=str(scenes), **{**QUICK, 'val_split': 'vall'})
+    assert run(tmp_path/'run', ['cam'], data=str(scenes), segmenter=False, crf=False, **QUICK)['seed_miou']['cam'] is not None
 
 
 def test_bad_image_ends_before_training(mine, tmp_path, monkeypatch):
