@@ -16,8 +16,9 @@ from .pipeline import METHODS, run as run_pipeline
 from .scenes import make_scenes
 from .training import Stopped
 
-# %% ../nbs/41_cli.ipynb #56828813
-DEMO = dict(scenes=1000, closeups=2400, pretrain_epochs=6, target=96, epochs=4, batch_size=16, seg_epochs=5, seg_batch_size=16, workers=2)
+# %% ../nbs/41_cli.ipynb #815458c6
+DEMO = dict(scenes=1000, closeups=2400, pretrain_epochs=6, warm_epochs=4, target=96, epochs=3, batch_size=16,
+            alpha=.3, beta=.3, background=.1, contrast_refined=False, seg_epochs=5, seg_batch_size=16, workers=2)
 
 # %% ../nbs/41_cli.ipynb #f49207f0
 def notebook():  # path of 50_run.ipynb, beside the package or inside it
@@ -36,20 +37,21 @@ def execute(
     papermill.execute_notebook(notebook(), Path(out)/'run.ipynb', dict(parameters, out=str(out)), progress_bar=False, kernel_name='python3')
     return metrics
 
-# %% ../nbs/41_cli.ipynb #f1575d01
+# %% ../nbs/41_cli.ipynb #80fb36fe
 def summary(out, metrics):  # -> text for the terminal
     "The table of a run, and where to look."
     rows = {'seed': metrics['seed_miou'], '+CRF': metrics['seed_crf_miou'], 'threshold': metrics['seed_threshold']}
     text = pd.DataFrame(rows).astype(float).round(2).to_string(na_rep='-')
     if metrics.get('segmentation_miou') is not None: text += f'\nsegmenter on val, learned from {metrics["best"]}: {metrics["segmentation_miou"]:.2f}'
-    return f'\nmIoU in percent; seeds with tags, at the best threshold on their own masks\n{text}\n\nnotebook  {out}/run.ipynb\npicture   {out}/result.png\nnumbers   {out}/metrics.json'
+    files = f'notebook  {out}/run.ipynb\npicture   {out}/result.png\nnumbers   {out}/metrics.json'
+    return f'\nmIoU in percent; seeds with tags, at the best threshold on their own masks\n{text}\n\n{files}'
 
-# %% ../nbs/41_cli.ipynb #e759b522
+# %% ../nbs/41_cli.ipynb #226c390d
 app = typer.Typer(help='Pixel masks from image tags.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 def _tell(out, parameters):
     try: typer.echo(summary(out, execute(out, parameters)))
-    except (ValueError, FileNotFoundError, Stopped) as e:
+    except (ValueError, FileNotFoundError, FloatingPointError, Stopped) as e:
         typer.echo(f'ppc: {e}', err=True)
         raise typer.Exit(1) from None
 

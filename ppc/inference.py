@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['multi_scale', 'cam_scores', 'write_cam', 'read_cam', 'same_size', 'write_cams']
 
-# %% ../nbs/31_inference.ipynb #34bbefd2
+# %% ../nbs/31_inference.ipynb #e41f8321
 import zipfile
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
+from .cam import stretch
 from .data import DataError, atomic, normalise
 from .views import resize
 
@@ -31,16 +31,14 @@ def multi_scale(
         total = total + plain + mirrored.flip(-1)
     return total/(2*len(scales))
 
-# %% ../nbs/31_inference.ipynb #1e37ed54
+# %% ../nbs/31_inference.ipynb #d88d696d
 def cam_scores(
     maps, # (C+1, H, W) raw, channel 0 is background
     tags, # (C,) {0,1}
 ):        # scores (P, H, W) in 0..1, numbers (P,) of the P tagged classes, from 1
     "The CAM of the tagged classes, each stretched from its smallest to its largest value."
     present = tags.nonzero().flatten().to(maps.device)
-    fg = F.relu(maps[1:][present])
-    lo, hi = fg.amin((1, 2), keepdim=True), fg.amax((1, 2), keepdim=True)
-    return (fg - lo)/(hi - lo + 1e-5), present + 1
+    return stretch(maps[1:][present]), present + 1
 
 # %% ../nbs/31_inference.ipynb #3ac7f1d6
 def write_cam(path, scores, present):

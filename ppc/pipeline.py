@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'METHODS', 'Shared', 'CamTraining', 'Seeds', 'Segmentation', 'settings', 'stage', 'write_json', 'read_json',
-           'make_backbone', 'make_camnet', 'method_losses', 'pretrain', 'train_cam', 'make_cams', 'evaluate_seeds',
-           'evaluate_masks', 'make_masks', 'train_segmenter', 'segment', 'run']
+           'make_backbone', 'make_camnet', 'method_losses', 'pretrain', 'train_cam', 'make_cams', 'class_iou',
+           'evaluate_seeds', 'evaluate_masks', 'make_masks', 'train_segmenter', 'segment', 'run']
 
 # %% ../nbs/37_pipeline.ipynb #585c6756
 import dataclasses, difflib, json, platform, resource, subprocess, time
@@ -40,7 +40,7 @@ class Shared:
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_pipeline.ipynb #441530cb
+# %% ../nbs/37_pipeline.ipynb #d5670b18
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
@@ -49,6 +49,7 @@ class CamTraining:
     weights: str = ''               # for timm: 'hub', a local file, or '' for random ones
     output_stride: int = 8          # of a timm backbone: 8 or 16
     pretrain_epochs: int = 1        # of the tiny backbone on close-ups
+    warm_epochs: int = 0            # of learning the tags alone, once, before every method starts from there
     resize: list = field(default_factory=lambda: [112, 160])  # long edge in pixels, from..to
     crop: int = 128                 # side of the source view in pixels
     target: int = 64                # side of the target view in pixels
@@ -65,6 +66,7 @@ class CamTraining:
     alpha: float = 0.1              # weight of the cross-view contrast (Eq. 1)
     beta: float = 0.1               # weight of the intra-view contrast (Eq. 1)
     background: float = 0.2         # for the contrast a pixel is background where no class exceeds this
+    contrast_refined: bool = True   # the contrast takes its confidences from the refined maps, not from the plain CAM
     grid: int = 0                   # side of the grid on which views are compared; 0: the target's own
 
 # %% ../nbs/37_pipeline.ipynb #27ced430
@@ -139,23 +141,22 @@ def read_json(path):  # raises `DataError` when it is damaged
     try: return json.loads(Path(path).read_text())
     except ValueError as e: raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
 
-# %% ../nbs/37_pipeline.ipynb #17f5b506
+# %% ../nbs/37_pipeline.ipynb #8caf2b18
 def make_backbone(
     c,             # `CamTraining`
-    pretrained=None, # weights.safetensors of stage pretrain
+    pretrained=None, # weights.safetensors of stage pretrain or warm
 ):                 # module of `ppc.backbones`
     "The backbone that the parameters name. Raises `ValueError` or `DataError`."
-    if c.backbone != 'tiny': return Timm(c.backbone, c.output_stride, c.weights or None)
-    backbone = Tiny()
+    backbone = Tiny() if c.backbone == 'tiny' else Timm(c.backbone, c.output_stride, c.weights or None)
     if pretrained: backbone.load_state_dict({k[9:]: v for k, v in read_weights(pretrained).items() if k.startswith('backbone.')})
     return backbone
 
 def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM for SEAM
-    "The network of a method, always with the same initial weights for the same seed."
+    "The network of a method; with the same seed a baseline and the same + ppc begin with the same weights."
     backbone = make_backbone(c, pretrained)
     return CamNet(backbone, classes, refine=PCM(backbone.channels[:2]) if 'seam' in method.split('+') else None)
 
-# %% ../nbs/37_pipeline.ipynb #dd361b77
+# %% ../nbs/37_pipeline.ipynb #9e129f58
 def method_losses(
     method, # 'cam', 'seam', 'cam+ppc' or 'seam+ppc'
     c,      # `CamTraining`
@@ -173,7 +174,7 @@ def method_losses(
         if parts[0] == 'seam': terms = seam_losses(source, target, [max(2, n//c.map_stride) for n in (c.crop, c.target)], tags)
         else: terms = {'cls': (class_loss(source.cam, tags) + class_loss(target.cam, tags))/2}
         if 'ppc' in parts:
-            found = contrast(*paired_views(source, target, c.grid or None), tags)
+            found = contrast(*paired_views(source, target, c.grid or None, c.contrast_refined), tags)
             terms |= {'cross_prototype': c.alpha*found.cross_prototype, 'cross_cam': c.alpha*found.cross_cam, 'intra': c.beta*found.intra}
         return terms
     return losses
@@ -203,7 +204,7 @@ def train_cam(folder, data, method, s, c, pretrained):
     return _fit(folder, model, method_losses(method, c), views, s, c.epochs, c.batch_size, parameter_groups(model, c.lr, c.lr_new),
                 c.optimizer, method, weight_decay=c.weight_decay, **_sgd(c))
 
-# %% ../nbs/37_pipeline.ipynb #de3de535
+# %% ../nbs/37_pipeline.ipynb #6a08e95b
 def _device(s): return torch.device('cuda' if s.device == 'auto' and torch.cuda.is_available() else 'cpu')
 
 def _load(model, path, s):
@@ -216,22 +217,24 @@ def make_cams(folder, data, weights, method, s, c, seeds):
     write_cams(model, data, folder, seeds.scales, refined=seeds.refined, label=f'{method} CAMs')
     return {'images': len(data)}
 
-def evaluate_seeds(folder, data, cams):
+def class_iou(counts, classes):  # {name: percent}, None for a class that is nowhere
+    return {c: None if np.isnan(v) else round(100*float(v), 2) for c, v in zip(classes, iou(counts))}
+
+def evaluate_seeds(data, cams):
     "The threshold curve of a split's CAMs; without masks there is none."
     if not data.has_masks: return {'miou': None}
     curve = ThresholdCurve(len(data.classes))
     for i, name in enumerate(data.ids): curve.add(*read_cam(Path(cams)/f'{name}.npz'), data.mask(i))
     threshold, best = curve.best()
     at = curve.counts()[int(np.argmax(curve.miou()))]
-    return {'miou': 100*best, 'threshold': round(threshold, 4), 'curve': (100*curve.miou()).round(3).tolist(),
-            'iou': dict(zip(data.classes, (100*iou(at)).round(2).tolist()))}
+    return {'miou': 100*best, 'threshold': round(threshold, 4), 'curve': (100*curve.miou()).round(3).tolist(), 'iou': class_iou(at, data.classes)}
 
-# %% ../nbs/37_pipeline.ipynb #b30d77a3
+# %% ../nbs/37_pipeline.ipynb #0376a800
 def evaluate_masks(data, masks):
     "mIoU of a folder of masks against a split's own; None where that has none."
     if not data.has_masks: return {'miou': None}
     counts = sum(confusion(data.mask(i), read_mask(Path(masks)/f'{name}.png'), len(data.classes)) for i, name in enumerate(data.ids))
-    return {'miou': 100*float(miou(counts)), 'iou': dict(zip(data.classes, (100*iou(counts)).round(2).tolist()))}
+    return {'miou': 100*float(miou(counts)), 'iou': class_iou(counts, data.classes)}
 
 def make_masks(folder, data, cams, threshold, use_crf, s, label):
     "Pseudo masks of a split, with CRF or without."
@@ -272,7 +275,7 @@ def run(
             return stage(out, {'methods': list(methods), **_config(*p.values())}, lambda _: _run(out, methods, *ready, *p.values()))
     except Timeout: raise ValueError(f'{out} is being worked on by another process: wait for it, or use another run folder.') from None
 
-# %% ../nbs/37_pipeline.ipynb #b44ed259
+# %% ../nbs/37_pipeline.ipynb #87066c9d
 def _check(out, s, c, seeds, g):
     "Everything that can be known before the first step; returns the splits and the folder of close-ups."
     if len(c.resize) != 2: raise ValueError(f'resize is {c.resize}, it should be [from, to].')
@@ -289,12 +292,18 @@ def _run(out, methods, lists, closeups, s, c, seeds, g):
     if closeups:
         stage(out/'pretrain', _config(s, c), lambda f: pretrain(f, closeups, s, c))
         first = out/'pretrain'/'weights.safetensors'
+    if c.warm_epochs:
+        first = _warm(out/'warm', lists[c.train_split], s, c, first)
     found = {m: _method(out/m, m, lists, s, c, seeds, first) for m in methods}
     result = _seed_table(found)
     if g.segmenter: result |= _segmentation(out, found, lists, s, c, seeds, g, first)
     return result | {'parameters': _config(s, c, seeds, g), **_provenance()}
 
-# %% ../nbs/37_pipeline.ipynb #b87cc9dc
+# %% ../nbs/37_pipeline.ipynb #de486a44
+def _warm(out, data, s, c, first):
+    stage(out, _config(s, c), lambda f: train_cam(f, data, 'cam', s, dataclasses.replace(c, epochs=c.warm_epochs), first))
+    return out/'weights.safetensors'
+
 def _generate(out, s):
     return make_scenes(out/'scenes', s.scenes, max(1, s.scenes//5), s.seed), make_closeups(out/'closeups', s.closeups, s.seed)
 
@@ -302,12 +311,12 @@ def _segmentation_splits(g): return [x for x in (g.mask_split, g.val_split) if x
 
 def _config(*parts): return {k: v for p in parts for k, v in asdict(p).items() if k not in ('workers', 'device')}
 
-# %% ../nbs/37_pipeline.ipynb #5c5ae067
+# %% ../nbs/37_pipeline.ipynb #f608b9c0
 def _method(out, m, lists, s, c, seeds, first):
     data = lists[seeds.seed_split]
     stage(out/'train', {'method': m, **_config(s, c)}, lambda f: train_cam(f, lists[c.train_split], m, s, c, first))
     cams = _cams(out, m, data, s, c, seeds)
-    found = stage(out/'seeds', _config(s, seeds), lambda f: evaluate_seeds(f, data, cams))
+    found = stage(out/'seeds', _config(s, seeds), lambda f: evaluate_seeds(data, cams))
     threshold = seeds.threshold or found.get('threshold', .25)
     after = {'miou': None}
     if seeds.crf and crf_available():

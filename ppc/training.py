@@ -106,7 +106,7 @@ def _record(terms, step, steps, optimizer, speed):
 def _bar(accelerator, steps, start, label):   # one process shows it; TQDM_DISABLE in the environment hides it
     return tqdm(total=steps, initial=start, desc=label, **({} if accelerator.is_main_process else {'disable': True}))
 
-# %% ../nbs/30_training.ipynb #84115094
+# %% ../nbs/30_training.ipynb #bd44b615
 def fit(
     model,           # moved to the device and trained in place
     losses,          # (model, batch) -> dict of scalars
@@ -121,7 +121,7 @@ def fit(
     precision='no',  # 'no' (32 bit), 'bf16' or 'fp16'
     device='auto',   # 'auto' or 'cpu'
     label='training',# in front of the progress bar
-    log_every=10,    # steps
+    log_every=0,     # steps; 0: two hundred lines a run
 ):                   # seconds spent in this call
     "Train, continuing where an earlier call left off. Raises `Stopped`, `FloatingPointError`, `DataError`."
     out, began = Path(out), time.time()
@@ -134,6 +134,7 @@ def fit(
     batches = Batches(len(data), batch_size, epochs, seed, start*team)
     loader = accelerator.prepare(DataLoader(data, batch_sampler=batches, num_workers=workers))
     steps, epoch = batches.steps//team, max(1, batches.per_epoch//team)
+    log_every = log_every or max(1, steps//200)
     model.train()
     with stop_signals() as stop, open(out/'log.jsonl', 'a') as log, _bar(accelerator, steps, start, label) as bar:
         for step, batch in enumerate(loader, start + 1):

@@ -27,12 +27,13 @@ class View(NamedTuple):
     embedding: torch.Tensor     # (N, D, h, w)
     valid: torch.Tensor = None  # (N, 1, h, w) bool; None: everywhere
 
-# %% ../nbs/12_views.ipynb #fd3e4c75
+# %% ../nbs/12_views.ipynb #be30d257
 def paired_views(
     source, # `Maps` of the images
     target, # `Maps` of the rescaled images
     grid=None, # side of the common grid; None: the target's
+    refined=True, # take the refined maps, where there are any
 ):          # (`View`, `View`)
     "The two views on one grid: the source's maps go through the same transformation as the images did."
     size = target.cam.shape[-2:] if grid is None else grid
-    return tuple(View(resize(v.best, size), resize(v.embedding, size)) for v in (source, target))
+    return tuple(View(resize(v.best if refined else v.cam, size), resize(v.embedding, size)) for v in (source, target))

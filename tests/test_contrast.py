@@ -19,7 +19,9 @@ def ready(view, tags, K):
     cam = view.cam.detach().double().relu()
     m = torch.zeros(N, C1, h, w, dtype=torch.float64)
     for n in range(N):
-        for c in range(1, C1): m[n, c] = tags[n, c-1]*cam[n, c]/(cam[n, c].max() + 1e-5)
+        for c in range(1, C1):
+            lo, hi = cam[n, c].min(), cam[n, c].max()
+            m[n, c] = tags[n, c-1]*((cam[n, c] - lo - 1e-5)/(hi - lo + 1e-5)).relu()
         m[n, 0] = 1 - m[n, 1:].max(0).values
     v, y, where = [], [], []
     for n in range(N):

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import numpy as np
+import papermill
 import pytest
 import yaml
 from filelock import FileLock
@@ -13,7 +14,7 @@ from ppc.data import DataError, TagFolder, read_mask
 from ppc.inference import read_cam
 from ppc.pipeline import read_json, run, settings
 
-QUICK = dict(batch_size=4, crop=64, target=32, resize=[64, 96], k=4, seg_batch_size=4)
+QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_batch_size=4)
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +27,7 @@ def done(scenes, tmp_path_factory):
 def test_every_stage_reports(done, scenes):
     out, result = done
     assert set(result['seed_miou']) == {'cam', 'seam+ppc'} and result['segmentation_miou'] is not None
-    for stage in ['cam/train', 'cam/cams-train', 'cam/seeds', 'cam/crf', 'seam+ppc/train', 'masks', 'segmenter', 'segmentation', '.']:
+    for stage in ['warm', 'cam/train', 'cam/cams-train', 'cam/seeds', 'cam/crf', 'seam+ppc/train', 'masks', 'segmenter', 'segmentation', '.']:
         assert (out/stage/'metrics.json').is_file() and (out/stage/'config.json').is_file()
     assert result == read_json(out/'metrics.json') and result['parameters']['k'] == 4 and result['versions']['torch']
     for i in TagFolder(scenes).ids: assert read_mask(out/'masks'/f'{i}.png').shape == (128, 128)
@@ -137,6 +138,11 @@ def test_any_size_any_network(mine, tmp_path):
     result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **{**QUICK, 'target': 47, 'crop': 81}, grid=5, backbone='mobilenetv2_035',
                  weights=str(tmp_path/'w.pt'), output_stride=16, segmenter=False, scales=[.5, 1.0])
     assert result['seed_miou']['seam+ppc'] is not None
+
+
+def test_papermill_refuses_a_misspelt_parameter(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'epochs'"):
+        papermill.execute_notebook(str(cli.notebook()), None, dict(epoch=3, out=str(tmp_path/'run')), progress_bar=False, kernel_name='python3')
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------
