@@ -7,8 +7,8 @@ __all__ = ['GROUPS', 'METHODS', 'Shared', 'CamTraining', 'Seeds', 'Segmentation'
            'make_backbone', 'make_camnet', 'method_losses', 'pretrain', 'train_cam', 'make_cams', 'class_iou',
            'evaluate_seeds', 'evaluate_masks', 'make_masks', 'train_segmenter', 'segment', 'run']
 
-# %% ../nbs/37_pipeline.ipynb #585c6756
-import dataclasses, difflib, json, platform, resource, subprocess, time
+# %% ../nbs/37_pipeline.ipynb #dfbe3a8b
+import dataclasses, difflib, json, platform, resource, shutil, subprocess, time
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -328,18 +328,24 @@ def _cams(out, m, data, s, c, seeds):
     stage(folder, {'method': m, **_config(s, c, seeds)}, lambda f: make_cams(f, data, out/'train'/'weights.safetensors', m, s, c, seeds))
     return folder
 
-# %% ../nbs/37_pipeline.ipynb #0de8179c
+# %% ../nbs/37_pipeline.ipynb #9356be56
 def _seed_table(found):
     return {'seed_miou': {m: f['seed']['miou'] for m, f in found.items()},
             'seed_threshold': {m: f['threshold'] for m, f in found.items()},
             'seed_crf_miou': {m: f['crf']['miou'] for m, f in found.items()}}
 
+def _share(source, target):
+    for f in source.glob('[!.]*.png'):
+        with atomic(target/f.name) as part: shutil.copyfile(f, part)
+
 def _segmentation(out, found, lists, s, c, seeds, g, first):
     best = max(found, key=lambda m: found[m]['seed']['miou'] or 0) if any(f['seed']['miou'] for f in found.values()) else list(found)[-1]
     data, threshold = lists[g.mask_split], found[best]['threshold']
     cams, use_crf = _cams(out/best, best, data, s, c, seeds), seeds.crf and crf_available()
-    masks = stage(out/'masks', {'method': best, 'threshold': threshold, 'use_crf': use_crf, **_config(s, g)},
-                  lambda f: make_masks(f, data, cams, threshold, use_crf, s, 'pseudo masks'))
+    def make(folder):
+        if use_crf and g.mask_split == seeds.seed_split: _share(out/best/'crf', folder)   # they are those already made
+        return make_masks(folder, data, cams, threshold, use_crf, s, 'pseudo masks')
+    masks = stage(out/'masks', {'method': best, 'threshold': threshold, 'use_crf': use_crf, **_config(s, g)}, make)
     stage(out/'segmenter', {'method': best, **_config(s, c, g)}, lambda f: train_segmenter(f, data, out/'masks', s, c, g, first))
     result = {'segmentation_miou': None}
     if g.val_split:
