@@ -16,9 +16,9 @@ from .pipeline import METHODS, run as run_pipeline
 from .scenes import make_scenes
 from .training import Stopped
 
-# %% ../nbs/41_cli.ipynb #815458c6
-DEMO = dict(scenes=1000, closeups=2400, pretrain_epochs=6, warm_epochs=4, target=96, epochs=3, batch_size=16,
-            alpha=.3, beta=.3, background=.1, contrast_refined=False, seg_epochs=5, seg_batch_size=16, workers=2)
+# %% ../nbs/41_cli.ipynb #a0ddfed8
+DEMO = dict(scenes=800, closeups=2400, pretrain_epochs=6, warm_epochs=4, target=96, epochs=3, batch_size=16,
+            seg_epochs=5, seg_batch_size=16, workers=2)
 
 # %% ../nbs/41_cli.ipynb #f49207f0
 def notebook():  # path of 50_run.ipynb, beside the package or inside it
