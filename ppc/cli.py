@@ -20,7 +20,7 @@ from .training import Stopped
 DEMO = dict(scenes=800, closeups=2400, pretrain_epochs=6, warm_epochs=4, target=96, epochs=3, batch_size=16,
             seg_epochs=5, seg_batch_size=16, workers=2)
 
-# %% ../nbs/41_cli.ipynb #f49207f0
+# %% ../nbs/41_cli.ipynb #78b277cf
 def notebook():  # path of 50_run.ipynb, beside the package or inside it
     "Where the notebook of a run is. Raises `FileNotFoundError`."
     here = Path(__file__).parent
@@ -33,7 +33,9 @@ def execute(
     parameters,   # of the run
 ) -> dict:        # metrics of the run
     "Run the stages, then the notebook on what they made."
+    typer.echo(f'Checking the data and running the stages in {out}; stop with Ctrl-C, start again to continue.')
     metrics = run_pipeline(out, **parameters)
+    typer.echo('Writing the notebook.')
     papermill.execute_notebook(notebook(), Path(out)/'run.ipynb', dict(parameters, out=str(out)), progress_bar=False, kernel_name='python3')
     return metrics
 
