@@ -1,13 +1,17 @@
 # Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10, make and a C++ compiler.
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: demo test lab export crf-if-possible
+.PHONY: demo test bench lab export crf-if-possible
 
 demo: .venv/ready crf-if-possible
 	$(BIN)/ppc demo
 
 test: .venv/ready .venv/crf
 	$(BIN)/python -m pytest tests
+
+# Fast forms against the plain loops they replace; writes runs/bench/<device>.json
+bench: .venv/ready
+	$(BIN)/python tests/bench.py
 
 lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['rank', 'rank_within', 'share', 'semi_hard_negatives', 'hard_pixels']
 
-# %% ../nbs/21_mining.ipynb #d9bcc6c9
+# %% ../nbs/21_mining.ipynb #b491ab89
 import torch
+from .prototypes import joined, rank_of_process
 
-# %% ../nbs/21_mining.ipynb #75b18738
+# %% ../nbs/21_mining.ipynb #ab8be7a0
 def rank(
     x, # (..., n)
 ):     # (..., n) long
     "The place of each value in descending order along the last dimension: 0 is the largest."
-    return x.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    order = x.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
 
 def rank_within(
     key,    # (n,) float
@@ -35,28 +37,42 @@ def share(
     "The fraction f of n, rounded, but at least one where there is one."
     return torch.minimum((n*f + .5).floor().long().clamp(min=1), n)
 
-# %% ../nbs/21_mining.ipynb #5e7303e6
+# %% ../nbs/21_mining.ipynb #73ebac9b
 def semi_hard_negatives(
     similarity,  # dot products of pixels and prototypes (n, C+1)
     y,           # positive of each pixel (n,)
-    exists,      # (C+1,) bool
+    exists,      # (C+1,) bool: those that may be negatives
+    band=False,  # the authors': leave out the hardest, keep the next ones, instead of drawing
+    ranked=False,# the authors': the positive is ranked, and kept, like any other
     hardest=.6,  # share of the negatives that is hard enough
-    keep=.5,     # share of those that is drawn
+    keep=.5,     # share that is kept: of the hard ones by lot, or of all as a band
 ):               # (n, C+1) bool
     "The negatives of each pixel for the intra-view contrast."
-    negative = exists & (torch.arange(len(exists), device=y.device) != y[:, None])
-    hard = share(negative.sum(1, keepdim=True), hardest)
-    pool = negative & (rank(similarity.masked_fill(~negative, -torch.inf)) < hard)
+    own = torch.arange(len(exists), device=y.device) == y[:, None]
+    negative = (exists if ranked else exists & ~own).expand_as(similarity)
+    n = negative.sum(1, keepdim=True)
+    hard, place = share(n, hardest), rank(similarity.masked_fill(~negative, -torch.inf))
+    pool = negative & (place < hard)
+    if band: return pool & (place >= hard - (n*keep).long())
     lot = torch.rand_like(similarity, dtype=torch.float32).masked_fill(~pool, -1)
     return pool & (rank(lot) < share(hard, keep))
 
-# %% ../nbs/21_mining.ipynb #50977de3
+# %% ../nbs/21_mining.ipynb #5f9ae857
 def hard_pixels(
     similarity, # of each pixel to its own prototype (n,)
     y,          # class of each pixel (n,)
     classes,    # C+1
+    band=False, # the authors': the hard half stops short of the hardest pixels
+    hardest=.6, # share of the pixels that the band ends at
 ):              # (n,) float in {0, 1, 2}
-    "How often each pixel counts: once if drawn among the random half of its class, once if in the hard half."
-    chance, n = rank_within(torch.rand_like(similarity, dtype=torch.float32), y, classes)
-    hardness, _ = rank_within(-similarity, y, classes)
-    return (chance < n//2).float() + (hardness < n - n//2).float()
+    "How often each pixel counts: once if drawn among the random half of its class, once if in the hard half. Over all processes."
+    chance, n = _everywhere(torch.rand_like(similarity, dtype=torch.float32), y, classes)
+    place, _ = _everywhere(-similarity, y, classes)
+    end = (n.double()*hardest).long() if band else n - n//2
+    hard = (place < end) & (place >= end - n//2) if band else place < end
+    return (chance < n//2).float() + hard.float()
+
+def _everywhere(key, group, groups):   # `rank_within` the pixels of all processes, for one's own
+    place, n = rank_within(joined(key), joined(group), groups)
+    mine = slice(rank_of_process()*len(key), (rank_of_process() + 1)*len(key))
+    return place[mine], n[mine]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'METHODS', 'Shared', 'CamTraining', 'Seeds', 'Segmentation', 'settings', 'stage', 'write_json', 'read_json',
-           'make_backbone', 'make_camnet', 'method_losses', 'pretrain', 'train_cam', 'make_cams', 'class_iou',
-           'evaluate_seeds', 'evaluate_masks', 'make_masks', 'train_segmenter', 'segment', 'run']
+           'make_backbone', 'make_camnet', 'contrast_reading', 'method_losses', 'pretrain', 'train_cam', 'make_cams',
+           'class_iou', 'evaluate_seeds', 'evaluate_masks', 'make_masks', 'train_segmenter', 'segment', 'run']
 
-# %% ../nbs/37_pipeline.ipynb #dfbe3a8b
+# %% ../nbs/37_pipeline.ipynb #43080662
 import dataclasses, difflib, json, platform, resource, shutil, subprocess, time
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from .backbones import Timm, Tiny, load_weights, parameter_groups, read_weights
 from .cam import CamNet, class_loss
 from .views import paired_views, resize
 from .seam import PCM, seam_losses
-from .contrast import PixelToPrototypeContrast
+from .contrast import READINGS, PixelToPrototypeContrast
 from .training import Batches, fit
 from .inference import read_cam, write_cams
 from .crf import crf_available, write_masks
@@ -40,13 +40,13 @@ class Shared:
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_pipeline.ipynb #d5670b18
+# %% ../nbs/37_pipeline.ipynb #ce067686
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
     train_split: str = 'train'      # images to learn from
     backbone: str = 'tiny'          # 'tiny', or any network of timm by name
-    weights: str = ''               # for timm: 'hub', a local file, or '' for random ones
+    weights: str = ''               # 'hub' (not for tiny), a local file, or '' for random ones; tiny then learns close-ups first
     output_stride: int = 8          # of a timm backbone: 8 or 16
     pretrain_epochs: int = 1        # of the tiny backbone on close-ups
     warm_epochs: int = 0            # of learning the tags alone, once, before every method starts from there
@@ -65,9 +65,8 @@ class CamTraining:
     tau: float = 0.1                # temperature (Eq. 4)
     alpha: float = 0.1              # weight of the cross-view contrast (Eq. 1)
     beta: float = 0.1               # weight of the intra-view contrast (Eq. 1)
-    background: float = 0.2         # for the contrast a pixel is background where no class exceeds this
-    contrast_refined: bool = True   # the contrast takes its confidences from the refined maps, not from the plain CAM
-    grid: int = 0                   # side of the grid on which views are compared; 0: the target's own
+    reading: str = 'paper'          # of the contrast: 'paper' or 'official', see 22_contrast
+    options: dict = field(default_factory=lambda: {}) # single options of the reading that shall be otherwise, such as {'grid': 8}
 
 # %% ../nbs/37_pipeline.ipynb #27ced430
 @dataclass
@@ -92,7 +91,7 @@ class Segmentation:
     seg_dilation: int = 4           # of the head's first convolution; the paper's is 12
     seg_scales: list = field(default_factory=lambda: [1.0])  # of the image at test time; each also mirrored
 
-# %% ../nbs/37_pipeline.ipynb #530f485b
+# %% ../nbs/37_pipeline.ipynb #e4035584
 GROUPS = (Shared, CamTraining, Seeds, Segmentation)
 
 def settings(
@@ -104,7 +103,7 @@ def settings(
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise ValueError(f'There is no parameter {name!r}' + (f': did you mean {near[0]!r}?' if near else '.'))
-        want = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (list, tuple)}[getattr(known[name].type, '__name__', known[name].type)]
+        want = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (list, tuple), 'dict': dict}[getattr(known[name].type, '__name__', known[name].type)]
         if not isinstance(value, want) or isinstance(value, bool) and want is not bool:
             raise ValueError(f'{name} is {value!r}, it should be of type {getattr(known[name].type, "__name__", known[name].type)}.')
     return {c: c(**{f.name: parameters[f.name] for f in fields(c) if f.name in parameters}) for c in GROUPS}
@@ -141,13 +140,14 @@ def read_json(path):  # raises `DataError` when it is damaged
     try: return json.loads(Path(path).read_text())
     except ValueError as e: raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
 
-# %% ../nbs/37_pipeline.ipynb #8caf2b18
+# %% ../nbs/37_pipeline.ipynb #47eb282d
 def make_backbone(
     c,             # `CamTraining`
     pretrained=None, # weights.safetensors of stage pretrain or warm
 ):                 # module of `ppc.backbones`
     "The backbone that the parameters name. Raises `ValueError` or `DataError`."
     backbone = Tiny() if c.backbone == 'tiny' else Timm(c.backbone, c.output_stride, c.weights or None)
+    pretrained = pretrained or (c.backbone == 'tiny' and c.weights)
     if pretrained: backbone.load_state_dict({k[9:]: v for k, v in read_weights(pretrained).items() if k.startswith('backbone.')})
     return backbone
 
@@ -156,7 +156,13 @@ def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM f
     backbone = make_backbone(c, pretrained)
     return CamNet(backbone, classes, refine=PCM(backbone.channels[:2]) if 'seam' in method.split('+') else None)
 
-# %% ../nbs/37_pipeline.ipynb #9e129f58
+# %% ../nbs/37_pipeline.ipynb #21e3df75
+def contrast_reading(c):  # `CamTraining` -> `Reading`
+    "The reading that the parameters name, with their options. Raises `ValueError`."
+    if c.reading not in READINGS: raise ValueError(f'reading is {c.reading!r}: choose from {", ".join(READINGS)}.')
+    try: return dataclasses.replace(READINGS[c.reading], **c.options)
+    except TypeError: raise ValueError(f'options are {c.options}: choose from {", ".join(f.name for f in fields(READINGS[c.reading]))}.') from None
+
 def method_losses(
     method, # 'cam', 'seam', 'cam+ppc' or 'seam+ppc'
     c,      # `CamTraining`
@@ -164,7 +170,8 @@ def method_losses(
     "The objective of a method. Raises `ValueError` for an unknown one."
     parts = method.split('+')
     if parts[0] not in ('cam', 'seam') or parts[1:] not in ([], ['ppc']): raise ValueError(f'There is no method {method!r}: choose from cam, seam, cam+ppc, seam+ppc.')
-    contrast = PixelToPrototypeContrast(c.k, c.tau, c.alpha, c.beta, background=c.background)
+    reading = contrast_reading(c)
+    contrast = PixelToPrototypeContrast(c.k, c.tau, c.alpha, c.beta, reading)
 
     def losses(model, batch):
         image, tags = batch['image'], batch['tags']
@@ -174,7 +181,7 @@ def method_losses(
         if parts[0] == 'seam': terms = seam_losses(source, target, [max(2, n//c.map_stride) for n in (c.crop, c.target)], tags)
         else: terms = {'cls': (class_loss(source.cam, tags) + class_loss(target.cam, tags))/2}
         if 'ppc' in parts:
-            found = contrast(*paired_views(source, target, c.grid or None, c.contrast_refined), tags)
+            found = contrast(*paired_views(source, target, reading.grid or None, reading.refined), tags)
             terms |= {'cross_prototype': c.alpha*found.cross_prototype, 'cross_cam': c.alpha*found.cross_cam, 'intra': c.beta*found.intra}
         return terms
     return losses
@@ -275,7 +282,7 @@ def run(
             return stage(out, {'methods': list(methods), **_config(*p.values())}, lambda _: _run(out, methods, *ready, *p.values()))
     except Timeout: raise ValueError(f'{out} is being worked on by another process: wait for it, or use another run folder.') from None
 
-# %% ../nbs/37_pipeline.ipynb #87066c9d
+# %% ../nbs/37_pipeline.ipynb #2fa31362
 def _check(out, s, c, seeds, g):
     "Everything that can be known before the first step; returns the splits and the folder of close-ups."
     if len(c.resize) != 2: raise ValueError(f'resize is {c.resize}, it should be [from, to].')
@@ -285,7 +292,7 @@ def _check(out, s, c, seeds, g):
     make_backbone(c)
     Batches(len(lists[c.train_split]), c.batch_size, c.epochs)
     if g.segmenter: Batches(len(lists[g.mask_split]), g.seg_batch_size, g.seg_epochs)
-    return lists, closeups if c.backbone == 'tiny' else None
+    return lists, closeups if c.backbone == 'tiny' and not c.weights else None
 
 def _run(out, methods, lists, closeups, s, c, seeds, g):
     first = None

@@ -135,7 +135,7 @@ def test_any_size_any_network(mine, tmp_path):
             path = mine/d/f'{i}.{ending}'
             Image.open(path).resize((100 + n % 3, 90), Image.NEAREST).save(path)
     torch.save(timm.create_model('mobilenetv2_035').state_dict(), tmp_path/'w.pt')
-    result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **{**QUICK, 'target': 47, 'crop': 81}, grid=5, backbone='mobilenetv2_035',
+    result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **{**QUICK, 'target': 47, 'crop': 81}, options={'grid': 5}, backbone='mobilenetv2_035',
                  weights=str(tmp_path/'w.pt'), output_stride=16, segmenter=False, scales=[.5, 1.0])
     assert result['seed_miou']['seam+ppc'] is not None
 

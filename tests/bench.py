@@ -1,0 +1,140 @@
+"What the fast forms are worth: each against the plain loop it replaces. Run by `make bench`; writes runs/bench/<device>.json."
+import json
+import platform
+import re
+import time
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+from ppc.contrast import PAPER, PixelToPrototypeContrast
+from ppc.mining import share
+from ppc.views import View
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def seconds(work, repeats):
+    "Median, after one call to warm up."
+    taken = []
+    for _ in range(repeats + 1):
+        if DEVICE.type == 'cuda': torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if DEVICE.type == 'cuda': torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken[1:])[repeats//2]
+
+
+def draws_of(generator_seed):
+    "The draws of one call, in the order in which they are asked for, the same for both forms."
+    generator = torch.Generator(DEVICE).manual_seed(generator_seed)
+    return lambda *size: torch.rand(*size, generator=generator, device=DEVICE)
+
+
+# --- the contrast, class by class ------------------------------------------------------------------------------------------
+
+def loop_view(view, tags, K):
+    "Unit embeddings (n, D), labels (n,), {class: prototype}; one class after the other, one image after the other."
+    N, C1, h, w = view.cam.shape
+    m = torch.zeros(N, C1, h, w, device=DEVICE)
+    for n in range(N):
+        for c in range(1, C1): m[n, c] = view.cam[n, c].detach().relu()/(view.cam[n, c].detach().max().relu() + 1e-5)
+        m[n, 0] = 1 - (m[n, 1:]*tags[n, :, None, None]).amax(0)
+    y = torch.zeros(N, h, w, dtype=torch.long, device=DEVICE)
+    best = m[:, 0].clone()
+    for n in range(N):
+        for c in tags[n].nonzero().flatten().tolist():
+            better = m[n, c + 1] > best[n]
+            y[n][better], best[n][better] = c + 1, m[n, c + 1][better]
+    v, y = F.normalize(view.embedding.permute(0, 2, 3, 1).reshape(-1, view.embedding.shape[1]), dim=1), y.flatten()
+    P = {}
+    for c in range(C1):
+        mine = (y == c).nonzero().flatten()
+        if not len(mine): continue
+        weight = m[:, c].flatten()[mine]
+        top = weight.argsort(descending=True, stable=True)[:K]
+        P[c] = F.normalize((weight[top][:, None]*v[mine[top]]).sum(0)/weight[top].sum(), dim=0)
+    return v, y, P
+
+
+def loop_cross(v, y, P, tau=.1):
+    "Eqs. 6 and 7."
+    names, rows = list(P), torch.stack(list(P.values()))
+    loss = [F.cross_entropy(v[y == c] @ rows.t()/tau, torch.full((int((y == c).sum()),), names.index(c), device=DEVICE), reduction='sum') for c in P]
+    return sum(loss)/sum(int((y == c).sum()) for c in P)
+
+
+def loop_intra(v, y, P, draw, step, tau=.1):
+    "Eq. 9 with §3.5: for each class, and `step` of its pixels at a time, the prototypes that they are pushed from."
+    names, rows = torch.tensor(list(P), device=DEVICE), torch.stack(list(P.values()))
+    lot, chance, total, count = draw(len(y), 21), draw(len(y)), 0, 0
+    for positive, c in enumerate(P):
+        mine, loss = (y == c).nonzero().flatten(), []
+        others = (names != c).nonzero().flatten()
+        n = int(share(torch.tensor(len(others)), .6))
+        keep = int(share(torch.tensor(n), .5))
+        own = v[mine] @ rows[positive]
+        for some in torch.arange(len(mine), device=DEVICE).split(step):
+            s = v[mine[some]] @ rows.t()
+            pool = others[s.detach()[:, others].argsort(dim=1, descending=True, stable=True)[:, :n]]
+            chances = lot[mine[some][:, None], names[pool]]
+            chosen = pool.gather(1, chances.argsort(dim=1, descending=True)[:, :keep])
+            loss.append(torch.cat([own[some][:, None], s.gather(1, chosen)], 1).div(tau).logsumexp(1) - own[some]/tau)
+        loss, half = torch.cat(loss), len(mine)//2
+        chosen = torch.cat([chance[mine].argsort(descending=True)[:half], own.detach().argsort(stable=True)[:len(mine) - half]])
+        total, count = total + loss[chosen].sum(), count + len(chosen)
+    return total/count
+
+
+def loop(a, b, tags, K, draw, step):
+    (va, ya, Pa), (vb, yb, Pb) = (loop_view(x, tags, K) for x in (a, b))
+    cross = loop_cross(va, ya, Pb) + loop_cross(vb, yb, Pa) + loop_cross(va, yb, Pa) + loop_cross(vb, ya, Pb)
+    return .1*(cross + loop_intra(va, ya, Pa, draw, step) + loop_intra(vb, yb, Pb, draw, step))
+
+
+def contrast(step, N=8, D=128, side=16, C=20, K=32):
+    "Forward and backward of all terms, against a loop over classes and, in it, over `step` pixels at a time."
+    g = torch.Generator().manual_seed(0)
+    tags = torch.stack([torch.zeros(C).index_fill(0, torch.randperm(C, generator=g)[:2], 1) for _ in range(N)]).to(DEVICE)
+    tags[:, 0] = 1   # so that both views know a class for every pixel of the other
+    a, b = (View(torch.rand(N, C + 1, side, side, generator=g).to(DEVICE), torch.rand(N, D, side, side, generator=g).to(DEVICE).requires_grad_()) for _ in range(2))
+    def gradient(loss): return torch.autograd.grad(loss, (a.embedding, b.embedding))
+    def ours():
+        rand_like, draw = torch.rand_like, draws_of(1)
+        torch.rand_like = lambda x, dtype=None: draw(*x.shape)
+        try: loss = PixelToPrototypeContrast(K)(a, b, tags).total
+        finally: torch.rand_like = rand_like
+        return loss.detach(), *gradient(loss)
+    def baseline():
+        loss = loop(a, b, tags, K, draws_of(1), step)
+        return loss.detach(), *gradient(loss)
+    diff = max((x - y).abs().max().item() for x, y in zip(ours(), baseline()))
+    return dict(name=f'contrast against a loop over classes{" and pixels" if step == 1 else ""}', baseline_s=seconds(baseline, 3), ours_s=seconds(ours, 15),
+                max_abs_diff=diff, extra_mb=extra_memory(ours))
+
+
+def extra_memory(work):
+    "Peak of what is allocated beyond the inputs, in MB."
+    if DEVICE.type == 'cuda':
+        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before)/2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: work()
+    now = peak = 0
+    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+        now += e.nbytes(); peak = max(peak, now)
+    return peak/2**20
+
+
+def main():
+    device = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads'
+    rows = [contrast(step=1), contrast(step=10**6)]
+    for r in rows: r['ratio'] = r['baseline_s']/r['ours_s']
+    rows = [{k: v if isinstance(v, str) else float(f'{v:.3g}') for k, v in r.items()} for r in rows]
+    path = Path('runs/bench')/f'{re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + '\n')
+    for r in rows: print('   '.join(f'{k} {v}' for k, v in r.items()))
+
+
+if __name__ == '__main__': main()
