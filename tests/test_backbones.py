@@ -148,6 +148,20 @@ def test_cut_anywhere_is_refused(generation, tmp_path):
     with pytest.raises(DataError, match='1 bytes after the last name'): read_mxnet(path)
 
 
+BY_MXNET = bytes.fromhex(                                          # what mxnet.nd.save of 1.9.1 wrote
+    '120100000000000000000000000000000200000000000000c9fa93f90000000002000000020000000000000002000000000000000100000000000000'
+    '000000000000c03f000000c00000000000004040c9fa93f9000000000100000003000000000000000100000000000000060000000700000000000000'
+    '08000000000000000900000000000000020000000000000005000000000000006172673a7705000000000000006175783a6d')
+
+
+def test_a_file_that_mxnet_wrote(tmp_path):
+    (tmp_path/'a.params').write_bytes(BY_MXNET)
+    got = read_mxnet(tmp_path/'a.params')
+    assert torch.equal(got['arg:w'], torch.tensor([[1.5, -2], [0, 3]])) and torch.equal(got['aux:m'], torch.tensor([7, 8, 9]))
+    write_params(tmp_path/'b.params', got)
+    assert len((tmp_path/'b.params').read_bytes()) == len(BY_MXNET)     # as the files of these tests are, but for the device
+
+
 one, name = torch.ones(2, 3), [b'arg:a']
 HOSTILE = {
     'many arrays': (file_bytes([array_bytes(one)], name, n=2**64 - 1), 'at byte'),
