@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'MEAN', 'STD', 'DataError', 'atomic', 'read_classes', 'read_tags', 'TagFolder', 'read_image', 'read_mask',
-           'read_saliency', 'voc_palette', 'write_mask', 'check', 'Saliency', 'RandomLongEdge', 'normalise',
+           'read_saliency', 'voc_palette', 'write_mask', 'check', 'RandomLongEdge', 'Saliency', 'normalise',
            'augmentation', 'seed_of', 'TrainingViews']
 
 # %% ../nbs/00_data.ipynb #5616eced
@@ -206,14 +206,6 @@ def _check_item(folder, i, masks, saliency):
     wrong = mask[(mask >= len(folder.classes)) & (mask != 255)]
     if wrong.size: raise DataError(f'{path} has the value {wrong[0]}: classes.txt allows 0..{len(folder.classes)-1}, and 255.')
 
-# %% ../nbs/00_data.ipynb #36cb0972
-class Saliency(tv_tensors.TVTensor):
-    "A saliency map (1, H, W): moved like its image, never coloured or normalised."
-
-F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
-for f, kernel in {F.resize: F.resize_image, F.horizontal_flip: F.horizontal_flip_image, F.pad: F.pad_image, F.crop: F.crop_image}.items():
-    F.register_kernel(f, Saliency)(lambda x, *a, kernel=kernel, **kw: tv_tensors.wrap(kernel(x.as_subclass(torch.Tensor), *a, **kw), like=x))
-
 # %% ../nbs/00_data.ipynb #49365aba
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -228,6 +220,14 @@ class RandomLongEdge(v2.Transform):
         size = [max(1, round(s*params['edge']/max(h, w))) for s in (h, w)]
         how = {tv_tensors.Mask: v2.InterpolationMode.NEAREST, Saliency: v2.InterpolationMode.BILINEAR}
         return F.resize(x, size, interpolation=how.get(type(x), v2.InterpolationMode.BICUBIC))
+
+# %% ../nbs/00_data.ipynb #36cb0972
+class Saliency(tv_tensors.TVTensor):
+    "A saliency map (1, H, W): moved like its image, never coloured or normalised."
+
+F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
+for f, kernel in {F.resize: F.resize_image, F.horizontal_flip: F.horizontal_flip_image, F.pad: F.pad_image, F.crop: F.crop_image}.items():
+    F.register_kernel(f, Saliency)(lambda x, *a, kernel=kernel, **kw: tv_tensors.wrap(kernel(x.as_subclass(torch.Tensor), *a, **kw), like=x))
 
 # %% ../nbs/00_data.ipynb #bfa113b3
 def normalise(
