@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'MEAN', 'STD', 'DataError', 'atomic', 'read_classes', 'read_tags', 'TagFolder', 'read_image', 'read_mask',
-           'voc_palette', 'write_mask', 'check', 'RandomLongEdge', 'normalise', 'augmentation', 'seed_of',
-           'TrainingViews']
+           'read_saliency', 'voc_palette', 'write_mask', 'check', 'RandomLongEdge', 'Saliency', 'normalise',
+           'augmentation', 'seed_of', 'TrainingViews']
 
 # %% ../nbs/00_data.ipynb #5616eced
 import csv, os
@@ -84,7 +84,7 @@ ENDINGS = ('.jpg', '.jpeg', '.png')
 
 def _id(name): return Path(name).stem if Path(name).suffix.lower() in ENDINGS else name
 
-# %% ../nbs/00_data.ipynb #0f1d0a57
+# %% ../nbs/00_data.ipynb #97e6aba0
 class TagFolder:
     "One split of a dataset folder: `ids`, `classes` (background first) and `tags` (N, C). Raises `DataError`."
     def __init__(self,
@@ -103,6 +103,7 @@ class TagFolder:
     def image(self, i): return read_image(self.files[self.ids[i]])  # RGB picture of item i
     def mask_path(self, i): return self.root/'SegmentationClass'/f'{self.ids[i]}.png'
     def mask(self, i): return read_mask(self.mask_path(i))          # (H, W) uint8 of item i
+    def saliency(self, i, size=None): return read_saliency(self.root/'Saliency'/f'{self.ids[i]}.png', size)  # (1, H, W) in 0..1
     @property
     def has_masks(self): return all(self.mask_path(i).is_file() for i in range(len(self)))
 
@@ -152,6 +153,21 @@ def read_mask(
     if mask.ndim != 2: raise DataError(f'{path} is a colour image: a mask is a palette or grey PNG of class numbers.')
     return mask.astype(np.uint8)
 
+# %% ../nbs/00_data.ipynb #4966b042
+def read_saliency(
+    path,      # 8-bit .png or .jpg, grey or colour
+    size=None, # (width, height) to bring it to; None: its own
+):             # (1, H, W) float in 0..1
+    "A saliency map, the mean of its channels. Raises `DataError` when it is missing or cannot be read."
+    if not Path(path).is_file(): raise DataError(f'{path} is missing: EPS needs a saliency map of each image, black to white.')
+    try:
+        with Image.open(path) as im: mode, x = im.mode, np.array(im.convert('RGB'), dtype=np.float32).mean(-1)/255
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise DataError(f'{path} cannot be read as a saliency map ({e}): make it again, or take its image out of the lists.') from None
+    if mode[0] in 'IF': raise DataError(f'{path} has more than 8 bits a pixel (mode {mode}): save it as an 8-bit grey PNG.')
+    x = torch.from_numpy(x)[None]
+    return x if size in (None, x.shape[:0:-1]) else F.resize_image(x, size[::-1])
+
 # %% ../nbs/00_data.ipynb #efa3a73b
 def voc_palette(
     n=256, # number of colours
@@ -169,18 +185,20 @@ def write_mask(
     im.putpalette(voc_palette().tobytes())
     with atomic(path) as part: im.save(part)
 
-# %% ../nbs/00_data.ipynb #5e79416a
+# %% ../nbs/00_data.ipynb #7e73dc15
 def check(
-    folder,      # `TagFolder`
-    masks=False, # also open the masks
-    workers=4,   # threads
+    folder,         # `TagFolder`
+    masks=False,    # also open the masks
+    workers=4,      # threads
+    saliency=False, # also open the saliency maps; unlike masks they may have sizes of their own
 ):
-    "Open every image (and mask) of the split. Raises `DataError` at the first that cannot be used, in the split's order."
+    "Open every image (and mask, and saliency map) of the split. Raises `DataError` at the first that cannot be used, in the split's order."
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda i: _check_item(folder, i, masks), range(len(folder))): pass
+        for _ in pool.map(lambda i: _check_item(folder, i, masks, saliency), range(len(folder))): pass
 
-def _check_item(folder, i, masks):
+def _check_item(folder, i, masks, saliency):
     size = folder.image(i).size
+    if saliency: folder.saliency(i)
     if not masks: return
     mask, path = folder.mask(i), folder.mask_path(i)
     if mask.shape[::-1] != size:
@@ -188,11 +206,11 @@ def _check_item(folder, i, masks):
     wrong = mask[(mask >= len(folder.classes)) & (mask != 255)]
     if wrong.size: raise DataError(f'{path} has the value {wrong[0]}: classes.txt allows 0..{len(folder.classes)-1}, and 255.')
 
-# %% ../nbs/00_data.ipynb #8c85c3f0
+# %% ../nbs/00_data.ipynb #49365aba
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 class RandomLongEdge(v2.Transform):
-    "Resize image (bicubic) and mask (nearest) so that the long edge is uniform in `lo`..`hi` pixels."
+    "Resize image (bicubic), mask (nearest) and saliency (bilinear) so that the long edge is uniform in `lo`..`hi` pixels."
     def __init__(self, lo, hi):
         super().__init__()
         self.lo, self.hi = lo, hi
@@ -200,9 +218,18 @@ class RandomLongEdge(v2.Transform):
     def transform(self, x, params):
         h, w = F.get_size(x)
         size = [max(1, round(s*params['edge']/max(h, w))) for s in (h, w)]
-        return F.resize(x, size, interpolation=v2.InterpolationMode.NEAREST if isinstance(x, tv_tensors.Mask) else v2.InterpolationMode.BICUBIC)
+        how = {tv_tensors.Mask: v2.InterpolationMode.NEAREST, Saliency: v2.InterpolationMode.BILINEAR}
+        return F.resize(x, size, interpolation=how.get(type(x), v2.InterpolationMode.BICUBIC))
 
-# %% ../nbs/00_data.ipynb #c00c83d8
+# %% ../nbs/00_data.ipynb #36cb0972
+class Saliency(tv_tensors.TVTensor):
+    "A saliency map (1, H, W): moved like its image, never coloured or normalised."
+
+F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
+for f, kernel in {F.resize: F.resize_image, F.horizontal_flip: F.horizontal_flip_image, F.pad: F.pad_image, F.crop: F.crop_image}.items():
+    F.register_kernel(f, Saliency)(lambda x, *a, kernel=kernel, **kw: tv_tensors.wrap(kernel(x.as_subclass(torch.Tensor), *a, **kw), like=x))
+
+# %% ../nbs/00_data.ipynb #bfa113b3
 def normalise(
     image, # `PIL.Image` in RGB
 ):         # (3, H, W) float
@@ -213,12 +240,12 @@ def augmentation(
     resize=(448, 768),       # long edge in pixels, from..to
     crop=448,                # side of the square crop in pixels
     jitter=(.3, .3, .3, .1), # strength in brightness, contrast, saturation, hue
-):                           # works on an image, or on (image, mask)
+):                           # works on an image, or on an image with a mask, a saliency map, or both
     "The paper's training augmentation. Outside the image there are zeros, in the mask 255."
     return v2.Compose([
         RandomLongEdge(*resize), v2.RandomHorizontalFlip(), v2.ColorJitter(*jitter),
         v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, 'others': None}, scale=True), v2.Normalize(MEAN, STD),
-        v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255})])
+        v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255, Saliency: 0})])
 
 # %% ../nbs/00_data.ipynb #cfe3312b
 def seed_of(
@@ -227,15 +254,16 @@ def seed_of(
     "One seed from several numbers, such that neighbours have nothing in common."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-# %% ../nbs/00_data.ipynb #f51a9bd3
+# %% ../nbs/00_data.ipynb #fc7bb371
 class TrainingViews(Dataset):
-    "Augmented items of a folder, addressed by (epoch, index): dict of image (3, S, S), tags (C,), index, and mask (S, S) if asked for."
+    "Augmented items of a folder, addressed by (epoch, index): dict of image (3, S, S), tags (C,), index; mask (S, S) and saliency (1, S, S) if asked for."
     def __init__(self,
         folder,    # `TagFolder`
         transform, # as from `augmentation`
         seed=0,    # of the whole run
         masks=None,# folder of <id>.png to be transformed along
-    ): self.folder, self.transform, self.seed, self.masks = folder, transform, seed, masks
+        saliency=False, # the folder's saliency maps too, at the image's size
+    ): self.folder, self.transform, self.seed, self.masks, self.saliency = folder, transform, seed, masks, saliency
 
     def __len__(self): return len(self.folder)
 
@@ -244,9 +272,10 @@ class TrainingViews(Dataset):
         item = {'tags': self.folder.tags[i], 'index': i}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, epoch, i))
-            image = self.folder.image(i)
-            if self.masks is None: item['image'] = self.transform(image)
-            else: item['image'], item['mask'] = self.transform(image, self._mask(i))
-        return item
+            things = {'image': self.folder.image(i)}
+            if self.masks is not None: things['mask'] = self._mask(i)
+            if self.saliency: things['saliency'] = Saliency(self.folder.saliency(i, things['image'].size))
+            moved = self.transform(*things.values())
+        return item | dict(zip(things, moved if len(things) > 1 else [moved]))
 
     def _mask(self, i): return tv_tensors.Mask(torch.from_numpy(read_mask(Path(self.masks)/f'{self.folder.ids[i]}.png')))

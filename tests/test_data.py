@@ -132,3 +132,61 @@ def test_mask_follows_its_image(mine):
         bright = item['image'][0] > 0
         assert ((item['mask'] > 0) == bright)[inside].float().mean() > .99
         assert (item['image'][:, ~inside] == 0).all()
+
+
+@pytest.mark.parametrize('content', [None, b'', b'\x89PNG\r\n\x1a\n no map'])
+def test_missing_or_unreadable_saliency(mine, content):
+    "Refused by `check` before training, and by whoever reads it; only where saliency is asked for."
+    path = mine/'Saliency'/'train00003.png'
+    path.unlink() if content is None else path.write_bytes(content)
+    folder, words = TagFolder(mine), ('Saliency', 'train00003.png', 'missing' if content is None else 'cannot be read')
+    check(folder)
+    fails(lambda: check(folder, saliency=True), *words)
+    fails(lambda: TrainingViews(folder, augmentation((96, 160), 112), saliency=True)[0, 3], *words)
+
+
+def test_truncated_saliency(mine):
+    path = mine/'Saliency'/'train00003.png'
+    path.write_bytes(path.read_bytes()[:200])
+    fails(lambda: check(TagFolder(mine), saliency=True), 'train00003.png', 'cannot be read')
+
+
+def test_deep_saliency(mine):
+    Image.fromarray(np.full((128, 128), 40000, np.uint16)).save(mine/'Saliency'/'train00003.png')
+    fails(lambda: check(TagFolder(mine), saliency=True), 'train00003.png', '8-bit')
+
+
+def test_saliency_of_another_size_and_in_colour(mine):
+    "It is brought to its image's size; colours are averaged."
+    Image.new('RGB', (40, 30), (255, 0, 51)).save(mine/'Saliency'/'train00002.png')
+    folder = TagFolder(mine)
+    check(folder, saliency=True)
+    torch.testing.assert_close(folder.saliency(2, (128, 120)), torch.full((1, 120, 128), .4))
+
+
+def test_saliency_follows_its_image(mine):
+    "Where the picture is painted by its own saliency, the two agree after every augmentation, and colour never reaches the map."
+    folder = TagFolder(mine)
+    soft = (255*np.linspace(0, 1, 128)[None]*np.linspace(.5, 1, 128)[:, None]).astype(np.uint8)
+    for i in folder.ids:
+        Image.fromarray(soft).save(mine/'Saliency'/f'{i}.png')
+        Image.fromarray(np.repeat(soft[..., None], 3, -1)).save(mine/'JPEGImages'/f'{i}.jpg', quality=100)
+    plain = TrainingViews(TagFolder(mine), augmentation((100, 180), 144, jitter=(0, 0, 0, 0)), saliency=True)
+    jittered = TrainingViews(TagFolder(mine), augmentation((128, 128), 128), saliency=True)
+    for epoch in range(4):
+        item, brightness = plain[epoch, 5], .229*plain[epoch, 5]['image'][0] + .485
+        outside = (item['image'] == 0).all(0)
+        assert item['saliency'].shape == (1, 144, 144) and (item['saliency'][0][outside] == 0).all()
+        assert (item['saliency'][0] - brightness)[~outside].abs().max() < .03
+        still = jittered[epoch, 5]['saliency'][0]
+        assert any(torch.equal(x, torch.from_numpy(soft/np.float32(255))) for x in (still, still.flip(-1)))
+
+
+def test_saliency_and_mask_leave_the_image_as_it_is(scenes):
+    "The same draws with or without companions, and they come through a loader's workers."
+    folder, transform = TagFolder(scenes), augmentation((96, 160), 112)
+    alone, along = TrainingViews(folder, transform), TrainingViews(folder, transform, masks=scenes/'SegmentationClass', saliency=True)
+    for key in [(0, 0), (3, 7)]: assert torch.equal(alone[key]['image'], along[key]['image'])
+    batch = next(iter(DataLoader(along, batch_sampler=Batches(16, 4, 1), num_workers=1)))
+    assert batch['saliency'].shape == (4, 1, 112, 112) and type(batch['saliency']) is torch.Tensor
+    assert ((batch['saliency'] > .5) == (batch['mask'] % 255 > 0)[:, None]).float().mean() > .9
