@@ -102,7 +102,7 @@ def contrast(step, N=8, D=128, side=16, C=20, K=32):
     def ours():
         rand_like, draw = torch.rand_like, draws_of(1)
         torch.rand_like = lambda x, dtype=None: draw(*x.shape)
-        try: loss = PixelToPrototypeContrast(K)(a, b, tags).total
+        try: loss = PixelToPrototypeContrast(K, reading=PAPER)(a, b, tags).total
         finally: torch.rand_like = rand_like
         return loss.detach(), *gradient(loss)
     def baseline():

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 import literal
 from ppc import mining
-from ppc.contrast import OFFICIAL, PAPER, READINGS, PixelToPrototypeContrast, Reading, intra_loss, pixels
+from ppc.contrast import OFFICIAL, PAPER, READINGS, PixelToPrototypeContrast, Reading, pixels
 from ppc.views import View
 
 
@@ -54,7 +54,7 @@ def test_paper_is_the_equations(seed, N, C, h, w, D, K):
     assume(untied((a, b), tags, K, PAPER))
     n = N*h*w
     torch.manual_seed(seed)
-    got = PixelToPrototypeContrast(K)(a, b, tags)[1:]
+    got = PixelToPrototypeContrast(K, reading=PAPER)(a, b, tags)[1:]
     torch.manual_seed(seed)
     draws = [torch.rand(*size) for size in ((n, C + 1), (n,), (n, C + 1), (n,))]
     same(got, literal.paper(a, b, tags, K, draws), a, b)
@@ -184,32 +184,39 @@ def test_length_of_embeddings_and_maps_changes_nothing(name):
     assert torch.allclose(uneven, want, atol=1e-5) == (name == 'paper')
 
 
+@pytest.mark.parametrize('name', READINGS)
 @pytest.mark.parametrize('N, C, tagged', [(1, 1, True), (1, 1, False), (3, 4, False), (1, 20, True)])
-def test_corner_cases_are_finite(N, C, tagged):
+def test_corner_cases_are_finite(name, N, C, tagged):
     "One class only, no tag at all, a batch of one."
     a, b, _ = views(2, N, C, 3, 3, 8)
-    losses = PixelToPrototypeContrast(k=100)(a, b, torch.full((N, C), float(tagged)))
+    losses = PixelToPrototypeContrast(k=100, reading=READINGS[name])(a, b, torch.full((N, C), float(tagged)))
     assert all(x.isfinite() for x in losses)
     losses.total.backward()
     assert a.embedding.grad.isfinite().all()
 
 
-def test_invalid_pixels_take_no_part():
+@pytest.mark.parametrize('name', READINGS)
+def test_invalid_pixels_take_no_part(name):
+    "Neither their embeddings nor their maps, and no gradient reaches them."
     a, b, tags = views(3, 2, 3, 4, 4, 8)
-    valid = torch.rand(2, 1, 4, 4) < .5
-    torch.manual_seed(0); want = PixelToPrototypeContrast(k=4)(View(a.cam, a.embedding, valid), b, tags).total
-    garbage = torch.where(valid, a.embedding, torch.randn_like(a.embedding))
-    P = [pixels(View(a.cam, e, valid), tags, 4).proto.p for e in (a.embedding, garbage)]
-    torch.testing.assert_close(*P)
-    grad, = torch.autograd.grad(intra_loss(*(pixels(View(a.cam, a.embedding, valid), tags, 4),)*2), a.embedding)
-    assert want.isfinite() and (grad[~valid.expand_as(grad)] == 0).all()
+    valid = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < .5
+    def loss(cam, embedding):
+        torch.manual_seed(0)
+        return PixelToPrototypeContrast(4, reading=READINGS[name])(View(cam, embedding, valid), View(b.cam, b.embedding, valid), tags).total
+    garbage = [torch.where(valid, x, 9*torch.randn_like(x)) for x in a[:2]]
+    torch.testing.assert_close(loss(*garbage), loss(*a[:2]))
+    grad, = torch.autograd.grad(loss(*a[:2]), a.embedding)
+    assert (grad[~valid.expand_as(grad)] == 0).all() and (grad != 0).any()
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_is_finite_and_close(dtype):
+@pytest.mark.parametrize('name', READINGS)
+def test_half_precision_is_finite_and_close(name, dtype):
     a, b, tags = views(4, 4, 20, 8, 8, 32)
-    half = [View(x.cam.to(dtype), x.embedding.detach().to(dtype)) for x in (a, b)]
-    torch.testing.assert_close(total(*half, tags), total(a, b, tags), atol=.05, rtol=.05)
+    half = [View(x.cam.to(dtype), x.embedding.detach().to(dtype).requires_grad_()) for x in (a, b)]
+    with torch.autocast('cpu', dtype): got = total(*half, tags, PLAIN[name])
+    torch.testing.assert_close(got, total(a, b, tags, PLAIN[name]), atol=.05, rtol=.05)
+    assert torch.autograd.grad(got, half[0].embedding)[0].isfinite().all()
 
 
 def test_views_on_different_grids_are_refused():

@@ -6,13 +6,15 @@ import sys
 import numpy as np
 import papermill
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from typer.testing import CliRunner
 from ppc import cli, pipeline
 from ppc.data import DataError, TagFolder, read_mask
 from ppc.inference import read_cam
-from ppc.pipeline import read_json, run, settings
+from ppc.training import read_log
+from ppc.pipeline import CamTraining, read_json, run, settings
 
 QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_batch_size=4)
 
@@ -99,7 +101,7 @@ def test_parameters_are_checked(wrong, words):
 @pytest.mark.parametrize('wrong, words', [
     (dict(methods=['sam']), "no method 'sam'"), (dict(backbone='resnet5000'), 'resnet5000'), (dict(batch_size=17), 'batch_size is 17'),
     (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
-    (dict(backbone='vgg11', output_stride=8), 'output stride')])
+    (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid')])
 def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
     monkeypatch.setattr(pipeline, 'fit', None)
     with pytest.raises(ValueError, match=words): run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
@@ -138,6 +140,29 @@ def test_any_size_any_network(mine, tmp_path):
     result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **{**QUICK, 'target': 47, 'crop': 81}, options={'grid': 5}, backbone='mobilenetv2_035',
                  weights=str(tmp_path/'w.pt'), output_stride=16, segmenter=False, scales=[.5, 1.0])
     assert result['seed_miou']['seam+ppc'] is not None
+
+
+@pytest.mark.parametrize('method', pipeline.KNOWN)
+def test_every_method_learns(method, scenes, tmp_path):
+    "Each baseline with and without the contrast, on views that are turned, shifted and mirrored."
+    result = run(tmp_path/'run', [method], data=str(scenes), **{**QUICK, 'warm_epochs': 0}, flip=True, rotate=20., translate=16, dropout=.5,
+                 reading='paper', segmenter=False, crf=False)
+    log = read_log(tmp_path/'run'/method/'train'/'log.jsonl')
+    terms = {'cls'} | ({'er', 'ecr', 'min'} if 'seam' in method else set()) | ({'sal'} if 'eps' in method else set())
+    assert set(log[-1]) - {'step', 'lr', 'images_per_s'} == terms | ({'cross_prototype', 'cross_cam', 'intra'} if 'ppc' in method else set())
+    assert result['seed_miou'][method] > 0
+
+
+def test_eps_misses_a_saliency_map_before_training(mine, tmp_path):
+    (mine/'Saliency'/'train00003.png').unlink()
+    with pytest.raises(DataError, match='train00003.png is missing'): run(tmp_path/'run', ['eps'], data=str(mine), **QUICK)
+    assert not (tmp_path/'run'/'eps').exists()
+
+
+@pytest.mark.parametrize('name', ['resnet38', 'resnet50'])
+def test_networks_of_the_paper_by_name(name):
+    with torch.device('meta'): backbone = pipeline.make_backbone(CamTraining(backbone=name))
+    assert backbone.channels[-1] == {'resnet38': 4096, 'resnet50': 2048}[name] and backbone.stride == 8
 
 
 def test_papermill_refuses_a_misspelt_parameter(tmp_path):
