@@ -44,3 +44,9 @@ def results():
 
 def test_results_are_those_of_the_runs():
     for part in results(): assert part in README, part
+
+
+def test_photographs_are_those_of_the_runs():
+    found = {p.parent.name: f'{json.loads(p.read_text())["seed_miou"]["seam+ppc"]:.1f}' for p in (ROOT/'runs'/'results'/'voc-animals').glob('*/metrics.json')}
+    assert f'**{found["official"]}** in the authors\' reading and **{found["paper"]}** in the paper\'s' in README
+    assert f'from {found["paper"]} down to {found["paper-without-gradient"]}' in README
