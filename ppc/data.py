@@ -206,18 +206,21 @@ def _check_item(folder, i, masks, saliency):
     wrong = mask[(mask >= len(folder.classes)) & (mask != 255)]
     if wrong.size: raise DataError(f'{path} has the value {wrong[0]}: classes.txt allows 0..{len(folder.classes)-1}, and 255.')
 
-# %% ../nbs/00_data.ipynb #49365aba
+# %% ../nbs/00_data.ipynb #7dcc92c8
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 class RandomLongEdge(v2.Transform):
-    "Resize image (bicubic), mask (nearest) and saliency (bilinear) so that the long edge is uniform in `lo`..`hi` pixels."
-    def __init__(self, lo, hi):
+    "Resize image (bicubic), mask (nearest) and saliency (bilinear) so that the long edge is uniform in `lo`..`hi` pixels, or times its own length."
+    def __init__(self, lo, hi, relative=False):
         super().__init__()
-        self.lo, self.hi = lo, hi
-    def make_params(self, inputs): return {'edge': int(torch.randint(self.lo, self.hi + 1, ()))}
+        self.lo, self.hi, self.relative = lo, hi, relative
+    def make_params(self, inputs):
+        if self.relative: return {'edge': self.lo + (self.hi - self.lo)*torch.rand(()).item()}
+        return {'edge': int(torch.randint(self.lo, self.hi + 1, ()))}
     def transform(self, x, params):
         h, w = F.get_size(x)
-        size = [max(1, round(s*params['edge']/max(h, w))) for s in (h, w)]
+        scale = params['edge'] if self.relative else params['edge']/max(h, w)
+        size = [max(1, round(s*scale)) for s in (h, w)]
         how = {tv_tensors.Mask: v2.InterpolationMode.NEAREST, Saliency: v2.InterpolationMode.BILINEAR}
         return F.resize(x, size, interpolation=how.get(type(x), v2.InterpolationMode.BICUBIC))
 
@@ -229,7 +232,7 @@ F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
 for f, kernel in {F.resize: F.resize_image, F.horizontal_flip: F.horizontal_flip_image, F.pad: F.pad_image, F.crop: F.crop_image}.items():
     F.register_kernel(f, Saliency)(lambda x, *a, kernel=kernel, **kw: tv_tensors.wrap(kernel(x.as_subclass(torch.Tensor), *a, **kw), like=x))
 
-# %% ../nbs/00_data.ipynb #bfa113b3
+# %% ../nbs/00_data.ipynb #92452d27
 def normalise(
     image, # `PIL.Image` in RGB
 ):         # (3, H, W) float
@@ -240,10 +243,11 @@ def augmentation(
     resize=(448, 768),       # long edge in pixels, from..to
     crop=448,                # side of the square crop in pixels
     jitter=(.3, .3, .3, .1), # strength in brightness, contrast, saturation, hue
+    relative=False,          # resize is a factor from..to on the image's own size; (1, 1): left as it is
 ):                           # works on an image, or on an image with a mask, a saliency map, or both
     "The paper's training augmentation. Outside the image there are zeros, in the mask 255."
     return v2.Compose([
-        RandomLongEdge(*resize), v2.RandomHorizontalFlip(), v2.ColorJitter(*jitter),
+        RandomLongEdge(*resize, relative), v2.RandomHorizontalFlip(), v2.ColorJitter(*jitter),
         v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, 'others': None}, scale=True), v2.Normalize(MEAN, STD),
         v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255, Saliency: 0})])
 

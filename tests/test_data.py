@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 from ppc.data import DataError, TagFolder, TrainingViews, augmentation, check, read_mask, write_mask
 from ppc.training import Batches
 
@@ -132,6 +133,17 @@ def test_mask_follows_its_image(mine):
         bright = item['image'][0] > 0
         assert ((item['mask'] > 0) == bright)[inside].float().mean() > .99
         assert (item['image'][:, ~inside] == 0).all()
+
+
+def test_relative_resize(scenes):
+    "A factor on each image's own size, the same for its mask; one to one leaves every pixel."
+    from ppc.data import RandomLongEdge
+    image, mask = torch.arange(48.).view(1, 6, 8), tv_tensors.Mask(torch.arange(48).view(6, 8))
+    assert all(torch.equal(x, y) for x, y in zip(RandomLongEdge(1., 1., True)(tv_tensors.Image(image), mask), (image, mask)))
+    torch.manual_seed(0)
+    sizes = [RandomLongEdge(.5, 1.5, True)(tv_tensors.Image(image.repeat(1, 10, 10)), tv_tensors.Mask(mask.repeat(10, 10))) for _ in range(40)]
+    edges = [a.shape[-1] for a, b in sizes]
+    assert all(a.shape[-2:] == b.shape for a, b in sizes) and 40 <= min(edges) < 50 and 110 < max(edges) <= 120
 
 
 @pytest.mark.parametrize('content', [None, b'', b'\x89PNG\r\n\x1a\n no map'])
