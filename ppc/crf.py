@@ -88,7 +88,7 @@ class Lattice(NamedTuple):
     begin: torch.Tensor   # where each corner's points begin (V+1,) int32
     neighbours: list
 
-# %% ../nbs/32_crf.ipynb #6cecf1fa
+# %% ../nbs/32_crf.ipynb #a6772048
 def lattice(
     features, # of N pictures (N, n, d)
 ):            # `Lattice` of N·n points
@@ -111,7 +111,7 @@ def beside(
     there = torch.searchsorted(known, wanted, out_int32=True).clamp_(max=V - 1)
     ahead = F.pad(there.masked_fill_(known.index_select(0, there) != wanted, V), (0, 1), value=V)
     behind = torch.full_like(ahead, V).scatter_(0, ahead.long(), torch.arange(V + 1, dtype=torch.int32, device=known.device))
-    behind[V] = V
+    behind[V] = V   # to which all wrote that have none ahead, in any order
     return ahead, behind
 
 # %% ../nbs/32_crf.ipynb #1c5caae6
@@ -173,18 +173,17 @@ def _rgb(image, size):  # -> (1, H, W, 3) uint8 tensor
         raise ValueError(f'image is {image.dtype} {image.shape}: labels of {size} need uint8 {(*size, 3)}, or grey without the 3.')
     return torch.from_numpy(image)[None].to(_device())
 
-# %% ../nbs/32_crf.ipynb #c872f709
+# %% ../nbs/32_crf.ipynb #59478ff7
 def hard_unary(
     labels,     # (H, W) long
     names,      # the labels that occur (L,), without the unsure one
     classes,    # how many labels there are in all
     confidence, # that a label is right
 ):              # energies (L, H, W), or (L+1, H, W) with one more for all that are absent
-    "Minus the logarithm of the labels' probabilities; equal where the label is not among `names`."
+    "Minus the logarithm of the labels' probabilities, one for all where the label is not among `names`."
     own = labels == names[:, None, None]
     if classes > len(names): own = torch.cat([own, torch.zeros_like(own[:1])])
-    p = torch.where(own, confidence, (1 - confidence)/(classes - 1))
-    return -torch.where(own.any(0), p, 1).log()
+    return -torch.where(own, confidence, (1 - confidence)/(classes - 1)).log()
 
 # %% ../nbs/32_crf.ipynb #5e95a3b2
 def crf(

@@ -48,8 +48,8 @@ def theirs(image, unary, p):
 
 def assert_same(image, unary, p):
     got, want = mean_field(torch.from_numpy(image)[None], unary[None], p)[0].numpy(), theirs(image, unary.numpy(), p)
-    assert (got.argmax(0) == want.argmax(0)).mean() >= .998
-    assert abs(got - want).mean() <= .002
+    assert (got.argmax(0) == want.argmax(0)).mean() >= .999
+    assert abs(got - want).mean() <= .001
 
 
 @pytest.mark.parametrize('i', range(20))
@@ -83,12 +83,12 @@ def test_labels_and_scores_are_as_pydensecrf_has_them():
     labels = labels.astype(int)
     labels[40:60, 30:70] = 255
     unary = utils.unary_from_labels(np.where(labels == 255, 0, labels + 1), 21, .7, zero_unsure=True).reshape(21, *labels.shape)
-    assert (crf(image, labels, 21, unsure=255) == theirs(image, unary, IRN).argmax(0)).mean() >= .998
+    assert (crf(image, labels, 21, unsure=255) == theirs(image, unary, IRN).argmax(0)).mean() >= .999
     scores = np.random.default_rng(0).random((3, 121, 99)).astype(np.float32)*(np.arange(3)[:, None, None] != labels % 3)
     for part in (np.s_[:, :], np.s_[:1, :], np.s_[:, :1], np.s_[:1, :1]):
-        some = np.ascontiguousarray(scores[:, *part])
+        some = np.ascontiguousarray(scores[(slice(None), *part)])
         want = theirs(image[part], utils.unary_from_softmax(some).reshape(some.shape), PSA)
-        assert abs(crf_scores(image[part], some) - want).mean() <= .002
+        assert abs(crf_scores(image[part], some) - want).mean() <= .001
 
 
 # --- the exact mean field, pair by pair ------------------------------------------------------------------------------------
@@ -121,8 +121,7 @@ def test_the_lattice_costs_little_beside_every_pair(p):
         unary = energies(labels, range(4), 4)
         got, want = mean_field(torch.from_numpy(image)[None], unary[None], p)[0].numpy(), literal_mean_field(image, unary.numpy(), p)
         off.append(abs(got - want).mean()); same.append((got.argmax(0) == want.argmax(0)).mean())
-    print(p, off, same)
-    assert np.mean(off) <= .01 and np.mean(same) >= .98
+    assert np.mean(off) <= .005 and np.mean(same) >= .99
 
 
 def test_without_pairs_there_is_nothing_but_the_unary():
@@ -251,6 +250,8 @@ def test_wrong_scores_sizes_and_settings():
     image = np.zeros((4, 4, 3), np.uint8)
     for shape in ((4, 4), (0, 4, 4), (2, 4, 5)):
         with pytest.raises(ValueError, match='scores|image'): crf_scores(image, np.zeros(shape))
+    q = crf_scores(image, np.stack([np.full((4, 4), -1), np.full((4, 4), .5), np.full((4, 4), 2)]), Pairwise(iterations=0))
+    np.testing.assert_allclose(q[:, 0, 0], np.array([1e-5, .5, 1])/1.50001, rtol=1e-5)   # clamped, and what is left of them normalised
     with pytest.raises(ValueError, match='images are'): mean_field(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4))
     with pytest.raises(ValueError, match='too fine'): mean_field(torch.randint(0, 256, (1, 9, 9, 3), dtype=torch.uint8), torch.zeros(1, 2, 9, 9), Pairwise(srgb=1e-3))
     for wrong in (dict(sxy=0), dict(srgb=-1), dict(smooth_sxy=math.nan), dict(compat=-1), dict(iterations=-1)):
