@@ -128,7 +128,7 @@ def dense_transition(affinity, radius, beta):
 
 
 def walk(name, h, w, channels, beta, rows=None):
-    "256 steps on the maps of one image of 375 x 500, against squaring the dense matrix 8 times; with `rows`, so many rows of one squaring are timed, and counted up to all."
+    "256 steps, on one image of 375 x 500, against squaring the dense matrix 8 times; with `rows`, those of one squaring are timed and counted up."
     g = torch.Generator().manual_seed(0)
     scores, affinity = torch.rand(channels, h, w, generator=g).to(DEVICE), torch.rand(34, h, w, generator=g).to(DEVICE)
     T = dense_transition(affinity, 5, beta)
