@@ -42,45 +42,41 @@ class Pairwise:
 IRN, PSA, SSC, DLP = Pairwise(), Pairwise(80, 13, 10), Pairwise(32, 13, 10, iterations=1), Pairwise(67, 3, 4, smooth_sxy=1)
 PAIRWISES = {'irn': IRN, 'psa': PSA, 'ssc': SSC, 'dlp': DLP}
 
-# %% ../nbs/32_crf.ipynb #f3c5dca7
+# %% ../nbs/32_crf.ipynb #c4bfe1a8
 def elevate(
     features, # points (P, d)
 ):            # (P, d+1), rows sum to 0
-    "Positions in the plane of the permutohedral lattice, scaled so that its blur has width 1."
-    d = features.shape[1]
-    i = torch.arange(1, d + 1, device=features.device)
-    x = features*((d + 1)*math.sqrt(2/3)/(i*(i + 1)).sqrt())
+    "Positions in the plane across the diagonal of d+1 dimensions, scaled so that the lattice's blur has width 1."
+    i = torch.arange(1, features.shape[1] + 1, device=features.device)
+    x = features*(2/(3*i*(i + 1))).sqrt()
     return F.pad(x.flip(1).cumsum(1).flip(1), (0, 1)) - F.pad(i*x, (1, 0))
 
-# %% ../nbs/32_crf.ipynb #0047f9f5
+# %% ../nbs/32_crf.ipynb #1dbc1dec
 def simplex(
-    y, # points in the plane (P, d+1)
-):     # one corner (P, d+1) int64, the coordinates in the order of the walk (P, d+1), weights of the corners met (P, d+1)
+    v, # points in the plane (P, d+1)
+):     # first corner (P, d+1) int32; coordinates in the order in which they are raised (P, d+1); weights of the corners met (P, d+1)
     "The simplex around each point."
-    v = y/y.shape[1]
     low = v.floor()
-    rest, order = (v - low).sort(1)
-    low = low.long()
-    weight = torch.cat([1 + rest[:, :1] - rest[:, -1:], rest.diff(dim=1)], 1)
-    return y.shape[1]*low - low.sum(1, keepdim=True), order, weight
+    rest, order = (v - low).sort(1, descending=True)
+    return low.int(), order, torch.cat([1 - rest[:, :1] + rest[:, -1:], -rest.diff(dim=1)], 1)
 
-# %% ../nbs/32_crf.ipynb #73078b8e
+# %% ../nbs/32_crf.ipynb #fbda2d3b
 def corner_keys(
-    first,  # one corner of each simplex (P, d+1) int64
-    order,  # the walk around it (P, d+1)
+    first,  # corner of each simplex (P, d+1) int32
+    order,  # in which its coordinates are raised (P, d+1)
     images, # number of pictures N, each of P/N points
-):          # a number for each corner (P, d+1); what each step adds (d+1,)
-    "Corners as integers. Raises `ValueError` where they would not fit into 64 bits."
-    d = first.shape[1] - 1
-    margin = 2*(d + 1)   # the walk and a blur step beyond it stay inside: a digit never carries
-    low, high = first.amin(0)[:d] - margin, first.amax(0)[:d] + margin
-    sizes = (high - low + 1).tolist()
+):          # a number for each corner (P, d+1); what raising each coordinate adds to it (d+1,); int32 where that is enough
+    "Corners as whole numbers. Raises `ValueError` where 64 bits are too few."
+    at = first[:, :-1] - first[:, -1:]
+    least, most = at.amin(0) - 2, at.amax(0) + 2   # one for the simplex, one for a neighbour: a digit never carries
+    sizes = (most - least + 1).tolist()
     if images*math.prod(sizes) >= 2**63: raise ValueError('The lattice is too fine for the picture: a larger sxy or srgb, or fewer pictures at once.')
-    digit = first.new_tensor([math.prod(sizes[k + 1:]) for k in range(d)] + [0])
-    step = digit.sum() - (d + 1)*digit
-    image = torch.arange(images, device=first.device).repeat_interleave(len(first)//images)
-    start = math.prod(sizes)*image + ((first[:, :d] - low)*digit[:d]).sum(1)
-    return start[:, None] + F.pad(step.take(order[:, :d]).cumsum(1), (1, 0)), step
+    kind = torch.int32 if images*math.prod(sizes) < 2**31 else torch.int64
+    digits = [math.prod(sizes[k + 1:]) for k in range(len(sizes))]
+    step = torch.tensor([*digits, -sum(digits)], dtype=kind, device=at.device)
+    image = torch.arange(images, device=at.device, dtype=kind).repeat_interleave(len(at)//images)
+    start = image*math.prod(sizes) + ((at - least)*step[:-1]).sum(1, dtype=kind)
+    return start[:, None] + F.pad(step.take(order[:, :-1]).cumsum(1, dtype=kind), (1, 0)), step
 
 # %% ../nbs/32_crf.ipynb #9ff8be79
 class Lattice(NamedTuple):
@@ -92,7 +88,7 @@ class Lattice(NamedTuple):
     begin: torch.Tensor   # where each corner's points begin (V+1,) int32
     neighbours: list
 
-# %% ../nbs/32_crf.ipynb #6cecf1fa
+# %% ../nbs/32_crf.ipynb #a6772048
 def lattice(
     features, # of N pictures (N, n, d)
 ):            # `Lattice` of N·n points
@@ -115,7 +111,7 @@ def beside(
     there = torch.searchsorted(known, wanted, out_int32=True).clamp_(max=V - 1)
     ahead = F.pad(there.masked_fill_(known.index_select(0, there) != wanted, V), (0, 1), value=V)
     behind = torch.full_like(ahead, V).scatter_(0, ahead.long(), torch.arange(V + 1, dtype=torch.int32, device=known.device))
-    behind[V] = V
+    behind[V] = V   # to which all wrote that have none ahead, in any order
     return ahead, behind
 
 # %% ../nbs/32_crf.ipynb #1c5caae6
@@ -144,7 +140,7 @@ def places(images, reach):  # (N, H, W, 3) -> (N, HW, 2)
     x, y = torch.meshgrid(torch.arange(W, device=images.device), torch.arange(H, device=images.device), indexing='xy')
     return (torch.stack([x, y], -1).view(1, -1, 2)/reach).expand(N, -1, -1)
 
-# %% ../nbs/32_crf.ipynb #1ef568f5
+# %% ../nbs/32_crf.ipynb #e921ce99
 @torch.no_grad()
 def mean_field(
     images,       # (N, H, W, 3) uint8
@@ -158,12 +154,12 @@ def mean_field(
         raise ValueError(f'images are {images.dtype} {tuple(images.shape)}: a unary {tuple(unary.shape)} needs uint8 {(N, H, W, 3)}.')
     near = kernel(places(images, pairwise.smooth_sxy), pairwise.smooth_compat)
     alike = kernel(torch.cat([places(images, pairwise.sxy), images.flatten(1, 2)/pairwise.srgb], 2), pairwise.compat)
-    alone = -unary.float().transpose(0, 1).reshape(L, -1)
     m = torch.ones(L, 1, device=unary.device) if times is None else torch.as_tensor(times, device=unary.device).float()[:, None]
-    q = (alone + m.log()).softmax(0)/m
+    alone = m.log() - unary.float().transpose(0, 1).reshape(L, -1)
+    q = alone.softmax(0)/m
     for _ in range(pairwise.iterations):
         at = q.t().contiguous()   # a pixel's labels lie together where they are gathered, and apart where they are compared
-        q = (alone + m.log() + (smooth(near, at) + smooth(alike, at)).t()).softmax(0)/m
+        q = (alone + (smooth(near, at) + smooth(alike, at)).t()).softmax(0)/m
     return q.view(L, N, H, W).transpose(0, 1)
 
 # %% ../nbs/32_crf.ipynb #9e13a2f7
@@ -177,18 +173,17 @@ def _rgb(image, size):  # -> (1, H, W, 3) uint8 tensor
         raise ValueError(f'image is {image.dtype} {image.shape}: labels of {size} need uint8 {(*size, 3)}, or grey without the 3.')
     return torch.from_numpy(image)[None].to(_device())
 
-# %% ../nbs/32_crf.ipynb #c872f709
+# %% ../nbs/32_crf.ipynb #59478ff7
 def hard_unary(
     labels,     # (H, W) long
     names,      # the labels that occur (L,), without the unsure one
     classes,    # how many labels there are in all
     confidence, # that a label is right
 ):              # energies (L, H, W), or (L+1, H, W) with one more for all that are absent
-    "Minus the logarithm of the labels' probabilities; equal where the label is not among `names`."
+    "Minus the logarithm of the labels' probabilities, one for all where the label is not among `names`."
     own = labels == names[:, None, None]
     if classes > len(names): own = torch.cat([own, torch.zeros_like(own[:1])])
-    p = torch.where(own, confidence, (1 - confidence)/(classes - 1))
-    return -torch.where(own.any(0), p, 1).log()
+    return -torch.where(own, confidence, (1 - confidence)/(classes - 1)).log()
 
 # %% ../nbs/32_crf.ipynb #5e95a3b2
 def crf(

@@ -1,29 +1,33 @@
 "What the fast forms are worth: each against the plain loop it replaces. Run by `make bench`; writes runs/bench/<device>.json."
+import importlib.util
 import json
 import platform
 import re
 import time
 from pathlib import Path
+import numpy as np
 import torch
 import torch.nn.functional as F
 from ppc.contrast import PAPER, PixelToPrototypeContrast
+from ppc.crf import IRN, Pairwise, mean_field
 from ppc.mining import share
+from ppc.scenes import scene
 from ppc.views import View
 from ppc.walk import neighbours, random_walk
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
-def seconds(work, repeats):
-    "Median, after one call to warm up."
+def seconds(work, repeats, warm=1):
+    "Median, after `warm` calls to warm up."
     taken = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm):
         if DEVICE.type == 'cuda': torch.cuda.synchronize()
         began = time.perf_counter()
         work()
         if DEVICE.type == 'cuda': torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
-    return sorted(taken[1:])[repeats//2]
+    return sorted(taken[warm:])[repeats//2]
 
 
 def draws_of(generator_seed):
@@ -114,6 +118,36 @@ def contrast(step, N=8, D=128, side=16, C=20, K=32):
                 max_abs_diff=diff, extra_mb=extra_memory(ours))
 
 
+# --- the dense CRF ----------------------------------------------------------------------------------------------------------
+
+def crf(H=375, W=500, L=4, pairs=7):
+    "[Ten steps of mean field against pydensecrf, one core each, call by call in turn], on scenes side by side; [] where it is not installed."
+    if importlib.util.find_spec('pydensecrf') is None: return []
+    from pydensecrf import densecrf
+    rng = np.random.default_rng(0)
+    tiles = [np.dstack(scene(rng)[:2]) for _ in range(12)]
+    both = np.concatenate([np.concatenate(tiles[i:i + 4], 1) for i in range(0, 12, 4)])[:H, :W]
+    image, seed = np.ascontiguousarray(both[..., :3]), np.where(rng.random((H, W)) < .2, rng.integers(0, L, (H, W)), both[..., 3] % L)
+    unary = -np.log(np.where(np.arange(L)[:, None, None] == seed, .7, .3/(L - 1))).astype(np.float32)
+    here, energy = torch.from_numpy(image)[None].to(DEVICE), torch.from_numpy(unary)[None].to(DEVICE)
+    def ours(p=IRN): return mean_field(here, energy, p)[0]
+    def baseline():
+        field = densecrf.DenseCRF2D(W, H, L)
+        field.setUnaryEnergy(unary.reshape(L, -1))
+        field.addPairwiseGaussian(sxy=IRN.smooth_sxy, compat=IRN.smooth_compat)
+        field.addPairwiseBilateral(sxy=IRN.sxy, srgb=IRN.srgb, rgbim=image, compat=IRN.compat)
+        return torch.from_numpy(np.array(field.inference(IRN.iterations)).reshape(L, H, W))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        want, got = baseline(), ours().cpu()
+        taken = [[seconds(work, 1, 0) for work in (baseline, ours, lambda: ours(Pairwise(iterations=0)))] for _ in range(pairs)]
+        before, now, lattices = (sorted(column)[pairs//2] for column in zip(*taken))
+        return [dict(name='dense CRF against pydensecrf on one core', baseline_s=before, ours_s=now, of_it_lattices_s=lattices, max_abs_diff=(got - want).abs().max().item(),
+                     same_label=(got.argmax(0) == want.argmax(0)).double().mean().item(), extra_mb=extra_memory(ours))]
+    finally: torch.set_num_threads(threads)
+
+
 # --- the walk, with a dense matrix -------------------------------------------------------------------------------------------
 
 def dense_transition(affinity, radius, beta):
@@ -159,7 +193,7 @@ def extra_memory(work):
 
 def main():
     device = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads'
-    rows = [contrast(step=1), contrast(step=10**6),
+    rows = [contrast(step=1), contrast(step=10**6), *crf(),
             walk('PSA walk (stride 8) against a dense matrix squared 8 times', 47, 63, 4, 8),
             walk('IRN walk (stride 4) against the same, counted up from 1000 rows of the first squaring', 94, 125, 4, 10, rows=1000)]
     for r in rows: r['ratio'] = r['baseline_s']/r['ours_s']
