@@ -25,18 +25,18 @@ from .inference import read_cam, same_size
 from .crf import FEW, PSA as PAIRWISE, crf, crf_scores
 from .walk import neighbours, random_walk
 
-# %% ../nbs/34_psa.ipynb #2dacb245
+# %% ../nbs/34_psa.ipynb #ac5ea9c1
 @dataclass(frozen=True)
 class Psa:
     "What PSA is, where its users differ. The defaults are PSA's own. Raises `ValueError` for what cannot be."
-    unary: str = 'soft'       # the CRF of the labels starts from scores of the image's classes ('soft'), or from their argmax among all classes ('hard')
+    unary: str = 'soft'       # the labels' CRF starts from scores of the image's classes ('soft'), or from their argmax among all ('hard')
     low: int = 4              # an object is sure where it beats the background (1 - max)^low
     high: int = 32            # background is sure where (1 - max)^high still beats all objects
     radius: int = 5           # pixels of the grid that lie nearer than this are pairs
     optimizer: str = 'SGD'    # any class of torch.optim
     lr: float = .1            # of the backbone; new layers learn ten times faster
     momentum: float = 5e-4    # of SGD
-    weight_decay: float = 5e-4# of the optimizer
+    weight_decay: float = 5e-4 # of the optimizer
     epochs: int = 8           # how often each image is seen
     batch_size: int = 8       # images per step and process
     crop: int = 448           # side in pixels; images are not resized
@@ -85,7 +85,7 @@ def affinity_labels(
     sure_object, background = labels(options.low), labels(options.high) == 0
     return np.where(background, 0, np.where(sure_object > 0, sure_object, 255)).astype(np.uint8)
 
-# %% ../nbs/34_psa.ipynb #582a6c15
+# %% ../nbs/34_psa.ipynb #5cea3cec
 def write_affinity_labels(
     folder,      # `TagFolder`
     cams,        # folder of CAM files
@@ -111,7 +111,8 @@ def _write_labels(job):
 
 def _cam_for(path, size):
     scores, present = read_cam(path)
-    if scores.shape[1:] != tuple(size): raise DataError(f'{path} is {scores.shape[1:]} but its image is {tuple(size)}: delete it and make the CAMs again.')
+    if scores.shape[1:] != tuple(size):
+        raise DataError(f'{path} is {scores.shape[1:]} but its image is {tuple(size)}: delete it and make the CAMs again.')
     return scores, present
 
 # %% ../nbs/34_psa.ipynb #b5533673
@@ -169,7 +170,7 @@ def majority(
     middle = blocks.median(-1).values
     return torch.where((blocks == middle[..., None]).sum(-1)*2 > a*b, middle, 255)
 
-# %% ../nbs/34_psa.ipynb #410be1d8
+# %% ../nbs/34_psa.ipynb #e9643374
 def affinity_loss(
     affinity, # (N, K, h, w) of `AffinityNet`
     mask,     # (N, H, W) uint8 of `affinity_labels`; 255 takes no part
@@ -182,7 +183,8 @@ def affinity_loss(
     known, same = (y != 255) & (other != 255), y == other
     together, apart = -torch.log(affinity + eps), -torch.log(1 + eps - affinity)
     def mean(pairs, loss): return torch.where(pairs, loss, 0).sum()/(pairs.sum().to(loss) + eps)
-    return {'bg': mean(known & same & (y == 0), together)/4, 'fg': mean(known & same & (y > 0), together)/4, 'neg': mean(known & ~same, apart)/2}
+    return {'bg': mean(known & same & (y == 0), together)/4,
+            'fg': mean(known & same & (y > 0), together)/4, 'neg': mean(known & ~same, apart)/2}
 
 # %% ../nbs/34_psa.ipynb #a9c2aac8
 def train_affinity(

@@ -41,7 +41,7 @@ def transition(
         warnings.simplefilter('ignore')   # sparse CSR tensors are in beta state, says torch
         return torch.sparse_csr_tensor(rows, j[inside], (a/a.sum(1, keepdim=True))[inside], (H*W, H*W))
 
-# %% ../nbs/33_walk.ipynb #bb0a2e84
+# %% ../nbs/33_walk.ipynb #138af326
 @torch.no_grad()
 def random_walk(
     scores,   # (P, H, W) float32 or float64, of any P
@@ -53,7 +53,8 @@ def random_walk(
     "m T^t for each map m, never with a dense matrix. Raises `ValueError` for shapes that do not fit, and t below 0."
     K = len(neighbours(radius))
     if scores.ndim != 3 or affinity.shape != (K, *scores.shape[1:]):
-        raise ValueError(f'scores are {tuple(scores.shape)} and affinities {tuple(affinity.shape)}: for radius {radius} they should be (P, H, W) and ({K}, H, W).')
+        raise ValueError(f'scores are {tuple(scores.shape)} and affinities {tuple(affinity.shape)}: '
+                         f'for radius {radius} they should be (P, H, W) and ({K}, H, W).')
     if scores.dtype not in (torch.float32, torch.float64): raise ValueError(f'scores are {scores.dtype}: the walk needs float32 or float64.')
     if t < 0 or t != int(t): raise ValueError(f't is {t}: it should be a whole number of steps, 0 or more.')
     if not scores.numel(): return scores.clone()

@@ -118,36 +118,6 @@ def contrast(step, N=8, D=128, side=16, C=20, K=32):
                 max_abs_diff=diff, extra_mb=extra_memory(ours))
 
 
-# --- the walk, with a dense matrix -------------------------------------------------------------------------------------------
-
-def dense_transition(affinity, radius, beta):
-    "T as a dense matrix (n, n)."
-    K, H, W = affinity.shape
-    A, at = torch.eye(H*W, device=DEVICE), torch.arange(H*W, device=DEVICE).view(H, W)
-    for k, (dy, dx) in enumerate(neighbours(radius).tolist()):
-        rows, here, there = slice(0, max(0, H - dy)), slice(max(0, -dx), W - max(0, dx)), slice(max(0, dx), W + min(0, dx))
-        i, j, a = at[rows, here], at[dy:, there], affinity[k, rows, here]**beta
-        A[i, j] = A[j, i] = a
-    return A/A.sum(0)
-
-
-def walk(name, h, w, channels, beta, rows=None):
-    "256 steps on the maps of one image of 375 x 500, against squaring the dense matrix 8 times; with `rows`, so many rows of one squaring are timed, and counted up to all."
-    g = torch.Generator().manual_seed(0)
-    scores, affinity = torch.rand(channels, h, w, generator=g).to(DEVICE), torch.rand(34, h, w, generator=g).to(DEVICE)
-    T = dense_transition(affinity, 5, beta)
-    def ours(): return random_walk(scores, affinity, 5, beta, 256)
-    def square():
-        S = T
-        for _ in range(8): S = S @ S
-        return S
-    taken = seconds(square, 1) if rows is None else seconds(lambda: T[:rows] @ T, 1)*8*len(T)/rows
-    want = scores.flatten(1)
-    for _ in range(256): want = want @ T
-    return dict(name=name, baseline_s=taken, ours_s=seconds(ours, 5), max_abs_diff=(ours().flatten(1) - want).abs().max().item(),
-                dense_mb=T.nbytes/1e6, extra_mb=extra_memory(ours))
-
-
 # --- the dense CRF ----------------------------------------------------------------------------------------------------------
 
 def crf(H=375, W=500, L=4, pairs=7):
@@ -176,6 +146,36 @@ def crf(H=375, W=500, L=4, pairs=7):
         return [dict(name='dense CRF against pydensecrf on one core', baseline_s=before, ours_s=now, of_it_lattices_s=lattices, max_abs_diff=(got - want).abs().max().item(),
                      same_label=(got.argmax(0) == want.argmax(0)).double().mean().item(), extra_mb=extra_memory(ours))]
     finally: torch.set_num_threads(threads)
+
+
+# --- the walk, with a dense matrix -------------------------------------------------------------------------------------------
+
+def dense_transition(affinity, radius, beta):
+    "T as a dense matrix (n, n)."
+    K, H, W = affinity.shape
+    A, at = torch.eye(H*W, device=DEVICE), torch.arange(H*W, device=DEVICE).view(H, W)
+    for k, (dy, dx) in enumerate(neighbours(radius).tolist()):
+        rows, here, there = slice(0, max(0, H - dy)), slice(max(0, -dx), W - max(0, dx)), slice(max(0, dx), W + min(0, dx))
+        i, j, a = at[rows, here], at[dy:, there], affinity[k, rows, here]**beta
+        A[i, j] = A[j, i] = a
+    return A/A.sum(0)
+
+
+def walk(name, h, w, channels, beta, rows=None):
+    "256 steps, on one image of 375 x 500, against squaring the dense matrix 8 times; with `rows`, those of one squaring are timed and counted up."
+    g = torch.Generator().manual_seed(0)
+    scores, affinity = torch.rand(channels, h, w, generator=g).to(DEVICE), torch.rand(34, h, w, generator=g).to(DEVICE)
+    T = dense_transition(affinity, 5, beta)
+    def ours(): return random_walk(scores, affinity, 5, beta, 256)
+    def square():
+        S = T
+        for _ in range(8): S = S @ S
+        return S
+    taken = seconds(square, 1) if rows is None else seconds(lambda: T[:rows] @ T, 1)*8*len(T)/rows
+    want = scores.flatten(1)
+    for _ in range(256): want = want @ T
+    return dict(name=name, baseline_s=taken, ours_s=seconds(ours, 5), max_abs_diff=(ours().flatten(1) - want).abs().max().item(),
+                dense_mb=T.nbytes/1e6, extra_mb=extra_memory(ours))
 
 
 def extra_memory(work):

@@ -69,7 +69,8 @@ def test_labels_of_little():
         assert (affinity_labels(grey, np.concatenate([none, none + 1]), [2, 5], 7, o) == 5).all()
 
 
-@pytest.mark.parametrize('wrong, words', [(dict(unary='soft?'), 'unary'), (dict(background='rest'), 'background'), (dict(low=9, high=8), 'low is 9'), (dict(radius=1), 'radius')])
+@pytest.mark.parametrize('wrong, words', [
+    (dict(unary='soft?'), 'unary'), (dict(background='rest'), 'background'), (dict(low=9, high=8), 'low is 9'), (dict(radius=1), 'radius')])
 def test_options_that_cannot_be(wrong, words):
     with pytest.raises(ValueError, match=words): Psa(**wrong)
 
@@ -111,7 +112,8 @@ def literal_affinity(f, radius):
     "Pairs (n, k, y, x) that lie inside -> exp(-mean |f_i - f_j|)."
     N, D, h, w = f.shape
     return {(n, k, y, x): torch.exp(-sum((f[n, d, y, x] - f[n, d, y + dy, x + dx]).abs() for d in range(D))/D)
-            for k, (dy, dx) in enumerate(literal_neighbours(radius)) for n in range(N) for y in range(h) for x in range(w) if y + dy < h and 0 <= x + dx < w}
+            for k, (dy, dx) in enumerate(literal_neighbours(radius)) for n in range(N)
+            for y in range(h) for x in range(w) if y + dy < h and 0 <= x + dx < w}
 
 
 def literal_loss(f, labels, radius):
@@ -177,8 +179,9 @@ def test_half_precision_tells_close_affinities_apart():
 
 # --- the network -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('make', [Tiny, lambda: ResNet38(shrink=16), ResNet, lambda: Timm('mobilenetv2_050', 16), lambda: Timm('vit_tiny_patch16_224', 16)],
-                         ids=['tiny', 'resnet38', 'resnet50', 'mobilenetv2', 'vit'])
+@pytest.mark.parametrize('make', [
+    Tiny, lambda: ResNet38(shrink=16), ResNet, lambda: Timm('mobilenetv2_050', 16), lambda: Timm('vit_tiny_patch16_224', 16)],
+    ids=['tiny', 'resnet38', 'resnet50', 'mobilenetv2', 'vit'])
 def test_any_backbone_learns_along(make):
     torch.manual_seed(0)
     net = AffinityNet(make(), radius=3)
@@ -223,10 +226,11 @@ def literal_mask(scores, present, affinity, stride, o):
 def test_masks_are_the_literal_ones(H, W, o):
     torch.manual_seed(H)
     for P in (1, 3):
-        scores, present, affinity = .6*np.random.default_rng(P).random((P, H, W)), np.array([2, 3, 6])[:P], torch.rand(34, -(-H//4), -(-W//4), dtype=torch.float64)
+        scores, present = .6*np.random.default_rng(P).random((P, H, W)), np.array([2, 3, 6])[:P]
+        affinity = torch.rand(34, -(-H//4), -(-W//4), dtype=torch.float64)
         got, (want, up) = walked_mask(scores, present, affinity, 4, o), literal_mask(scores, present, affinity, 4, o)
-        close = np.sort(up, 0)[-1] - np.sort(up, 0)[-2] < 1e-9   # two classes alike
-        assert got.dtype == np.uint8 and got.shape == (H, W) and ((got == want) | close).all()
+        alike = np.sort(up, 0)[-1] - np.sort(up, 0)[-2] < 1e-9   # of two such classes either may win
+        assert got.dtype == np.uint8 and got.shape == (H, W) and ((got == want) | alike).all() and alike.mean() < .5
 
 
 def test_masks_of_little():
@@ -281,7 +285,9 @@ def test_all_of_it_from_tags_alone(odd):
 def test_what_is_there_is_kept(odd):
     root, folder = odd
     net = AffinityNet(Tiny())
-    for out, write in (('labels', lambda d: write_affinity_labels(folder, root/'cams', d)), ('masks', lambda d: write_psa_masks(net, folder, root/'cams', d, TINY))):
+    def labels(out): write_affinity_labels(folder, root/'cams', out)
+    def masks(out): write_psa_masks(net, folder, root/'cams', out, TINY)
+    for out, write in (('labels', labels), ('masks', masks)):
         write_mask(root/out/f'{folder.ids[2]}.png', np.full((2, 2), 9))
         write(root/out); first = files(root/out)
         assert len(first) == len(folder) and (read_mask(root/out/f'{folder.ids[2]}.png') == 9).all()
@@ -293,10 +299,12 @@ def test_what_is_there_is_kept(odd):
 def test_a_cam_of_another_size_is_named(odd):
     root, folder = odd
     write_cam(root/'cams'/f'{folder.ids[6]}.npz', np.ones((1, 20, 30)), [1])
-    for write in (lambda: write_affinity_labels(folder, root/'cams', root/'out'), lambda: write_psa_masks(AffinityNet(Tiny()), folder, root/'cams', root/'out2', TINY)):
+    def labels(): write_affinity_labels(folder, root/'cams', root/'labels')
+    def masks(): write_psa_masks(AffinityNet(Tiny()), folder, root/'cams', root/'masks', TINY)
+    for write in (labels, masks):
         with pytest.raises(DataError, match=rf'{folder.ids[6]}.npz.*\(20, 30\).*\(128, 128\)'): write()
     (root/'cams'/f'{folder.ids[6]}.npz').unlink()
-    with pytest.raises(DataError, match='is missing'): write_affinity_labels(folder, root/'cams', root/'out')
+    with pytest.raises(DataError, match='is missing'): labels()
 
 
 def test_processes_write_the_same_labels(odd, monkeypatch):

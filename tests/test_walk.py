@@ -107,7 +107,8 @@ def test_transition_is_sparse():
 
 @pytest.mark.parametrize('change, words', [
     (dict(affinity=torch.rand(33, 6, 7)), r'\(33, 6, 7\).*\(34, H, W\)'), (dict(affinity=torch.rand(34, 7, 6)), 'for radius 5'),
-    (dict(scores=torch.rand(6, 7)), r'\(P, H, W\)'), (dict(scores=torch.rand(2, 6, 7).half()), 'float16'), (dict(scores=torch.ones(2, 6, 7).long()), 'int64'),
+    (dict(scores=torch.rand(6, 7)), r'\(P, H, W\)'),
+    (dict(scores=torch.rand(2, 6, 7).half()), 'float16'), (dict(scores=torch.ones(2, 6, 7).long()), 'int64'),
     (dict(radius=0), 'radius is 0'), (dict(t=-1), 't is -1'), (dict(t=2.5), 't is 2.5')])
 def test_what_does_not_fit_is_named(change, words):
     with pytest.raises(ValueError, match=words):
