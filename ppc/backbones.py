@@ -157,7 +157,7 @@ def _resnet38_state(path):
     state = mxnet_to_resnet38(read_mxnet(path)) if Path(path).suffix == '.params' else read_weights(path)
     return {name[9:]: tensor for name, tensor in released(state).items() if name.startswith('backbone.')}
 
-# %% ../nbs/10_backbones.ipynb #2f54b6ab
+# %% ../nbs/10_backbones.ipynb #9e1fd658
 class ResNet(nn.Module):
     "torchvision's ResNet50 or 101: maps of layer2, layer3 and layer4; batch normalisation stays frozen. Raises `DataError`."
     def __init__(self,
@@ -176,11 +176,13 @@ class ResNet(nn.Module):
             load_state(self.net, {k: v for k, v in state.items() if not k.startswith('fc.')}, weights)
         self.train()
 
-    def forward(self, x):  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
+    def stages(self, x):   # (N, 3, H, W) -> all five: stem and layer1 at stride 4, then the three maps
         n = self.net
-        a = n.layer2(n.layer1(n.maxpool(n.relu(n.bn1(n.conv1(x))))))
-        b = n.layer3(a)
-        return [a, b, n.layer4(b)]
+        maps = [n.maxpool(n.relu(n.bn1(n.conv1(x))))]
+        for layer in (n.layer1, n.layer2, n.layer3, n.layer4): maps.append(layer(maps[-1]))
+        return maps
+
+    def forward(self, x): return self.stages(x)[2:]  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
 
     def train(self, mode=True):
         super().train(mode)
