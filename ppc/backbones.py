@@ -17,7 +17,7 @@ from torchvision import models
 from .data import DataError
 from .weights import load_state, load_weights, read_mxnet, read_weights
 
-# %% ../nbs/10_backbones.ipynb #0e55dca5
+# %% ../nbs/10_backbones.ipynb #fe427533
 def _block(i, o, stride=1, dilation=1):
     return nn.Sequential(nn.Conv2d(i, o, 3, stride, dilation, dilation, bias=False), nn.GroupNorm(8, o), nn.ReLU(inplace=True))
 
@@ -31,10 +31,12 @@ class Tiny(nn.Module):
         self.conv4 = nn.Sequential(_block(w*2, w*3, 2), _block(w*3, w*3))
         self.conv5 = nn.Sequential(_block(w*3, w*4), _block(w*4, w*4, dilation=2))
 
-    def forward(self, x):  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
-        a = self.conv3(x)
-        b = self.conv4(a)
-        return [a, b, self.conv5(b)]
+    def stages(self, x):   # (N, 3, H, W) -> four maps: one more at stride 4, then the three
+        maps = [self.conv3[:2](x)]
+        for layer in (self.conv3[2:], self.conv4, self.conv5): maps.append(layer(maps[-1]))
+        return maps
+
+    def forward(self, x): return self.stages(x)[1:]  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
 
 # %% ../nbs/10_backbones.ipynb #8d77cd5b
 def freeze_batchnorm(module):
