@@ -129,13 +129,13 @@ def enlarge(
     x = F.pad(x, (0, need[1] - x.shape[-1], 0, need[0] - x.shape[-2]), mode='replicate')
     return resize(x, [factor*(n - 1) + 1 for n in need])[..., :size[0], :size[1]]
 
-# %% ../nbs/35_irn.ipynb #4fa208a3
+# %% ../nbs/35_irn.ipynb #a64b3703
 def _squeeze(i, o, groups): return nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.GroupNorm(groups, o))
 
 class IRNet(nn.Module):
     "Edges and displacements on a frozen backbone: image (N, 3, H, W) -> logits (N, h, w) and (dy, dx) (N, 2, h, w), at stride 4."
     def __init__(self,
-        backbone, # see `ppc.backbones`; all its stages where it has a method for them, otherwise its three maps
+        backbone, # see `ppc.backbones`, frozen in place; all its `stages` where it has them, otherwise its three maps
     ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
@@ -171,7 +171,7 @@ class IRNet(nn.Module):
         self.backbone.eval()
         return self
 
-# %% ../nbs/35_irn.ipynb #df171dad
+# %% ../nbs/35_irn.ipynb #335d3ce2
 def _mean(x, chosen): return torch.where(chosen, x, 0).sum()/chosen.sum().clamp(min=1)
 
 def irn_losses(
@@ -187,11 +187,10 @@ def irn_losses(
     there = shifted(here[:, 0], 255, 1)
     known, same = (here != 255) & (there != 255), here == there
     bg, fg = known & same & (here == 0), known & same & (here > 0)
-    a = edge_affinity(edge.sigmoid(), radius)
-    delta = displacement[:, :, None] - shifted(displacement, 0., 2)
-    move = lambda d: d.abs().mean(1)
-    return {'bg': _mean(-torch.log(a + 1e-5), bg)/4, 'fg': _mean(-torch.log(a + 1e-5), fg)/4, 'apart': _mean(-torch.log(1 + 1e-5 - a), known & ~same)/2,
-            'move_bg': _mean(move(delta), bg)/2, 'move_fg': _mean(move(delta - offsets.T[:, :, None, None]), fg)/2}
+    a, delta = edge_affinity(edge.sigmoid(), radius), displacement[:, :, None] - shifted(displacement, 0., 2)
+    alike, far = -torch.log(a + 1e-5), (delta - offsets.T[:, :, None, None]).abs()
+    return {'bg': _mean(alike, bg)/4, 'fg': _mean(alike, fg)/4, 'apart': _mean(-torch.log(1 + 1e-5 - a), known & ~same)/2,
+            'move_bg': _mean(delta.abs().mean(1), bg)/2, 'move_fg': _mean(far.mean(1), fg)/2}
 
 # %% ../nbs/35_irn.ipynb #fcdcb842
 def irn_parameters(
