@@ -17,7 +17,7 @@ from torchvision import models
 from .data import DataError
 from .weights import load_state, load_weights, read_mxnet, read_weights
 
-# %% ../nbs/10_backbones.ipynb #0e55dca5
+# %% ../nbs/10_backbones.ipynb #fe427533
 def _block(i, o, stride=1, dilation=1):
     return nn.Sequential(nn.Conv2d(i, o, 3, stride, dilation, dilation, bias=False), nn.GroupNorm(8, o), nn.ReLU(inplace=True))
 
@@ -31,10 +31,12 @@ class Tiny(nn.Module):
         self.conv4 = nn.Sequential(_block(w*2, w*3, 2), _block(w*3, w*3))
         self.conv5 = nn.Sequential(_block(w*3, w*4), _block(w*4, w*4, dilation=2))
 
-    def forward(self, x):  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
-        a = self.conv3(x)
-        b = self.conv4(a)
-        return [a, b, self.conv5(b)]
+    def stages(self, x):   # (N, 3, H, W) -> four maps: one more at stride 4, then the three
+        maps = [self.conv3[:2](x)]
+        for layer in (self.conv3[2:], self.conv4, self.conv5): maps.append(layer(maps[-1]))
+        return maps
+
+    def forward(self, x): return self.stages(x)[1:]  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
 
 # %% ../nbs/10_backbones.ipynb #8d77cd5b
 def freeze_batchnorm(module):
@@ -157,7 +159,7 @@ def _resnet38_state(path):
     state = mxnet_to_resnet38(read_mxnet(path)) if Path(path).suffix == '.params' else read_weights(path)
     return {name[9:]: tensor for name, tensor in released(state).items() if name.startswith('backbone.')}
 
-# %% ../nbs/10_backbones.ipynb #2f54b6ab
+# %% ../nbs/10_backbones.ipynb #9e1fd658
 class ResNet(nn.Module):
     "torchvision's ResNet50 or 101: maps of layer2, layer3 and layer4; batch normalisation stays frozen. Raises `DataError`."
     def __init__(self,
@@ -176,11 +178,13 @@ class ResNet(nn.Module):
             load_state(self.net, {k: v for k, v in state.items() if not k.startswith('fc.')}, weights)
         self.train()
 
-    def forward(self, x):  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
+    def stages(self, x):   # (N, 3, H, W) -> all five: stem and layer1 at stride 4, then the three maps
         n = self.net
-        a = n.layer2(n.layer1(n.maxpool(n.relu(n.bn1(n.conv1(x))))))
-        b = n.layer3(a)
-        return [a, b, n.layer4(b)]
+        maps = [n.maxpool(n.relu(n.bn1(n.conv1(x))))]
+        for layer in (n.layer1, n.layer2, n.layer3, n.layer4): maps.append(layer(maps[-1]))
+        return maps
+
+    def forward(self, x): return self.stages(x)[2:]  # (N, 3, H, W) -> three maps (N, channels[k], h, w)
 
     def train(self, mode=True):
         super().train(mode)
