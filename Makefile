@@ -1,16 +1,16 @@
-# Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10, make and a C++ compiler.
+# Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10 and make; the tests also a C++ compiler.
 PYTHON ?= python3
 BIN = .venv/bin
 .PHONY: demo test bench lab export crf-if-possible
 
-demo: .venv/ready crf-if-possible
+demo: .venv/ready
 	$(BIN)/ppc demo
 
 test: .venv/ready .venv/crf
 	$(BIN)/python -m pytest tests
 
 # Fast forms against the plain loops they replace; writes runs/bench/<device>.json
-bench: .venv/ready
+bench: .venv/ready crf-if-possible
 	$(BIN)/python tests/bench.py
 
 lab: .venv/ready
@@ -27,13 +27,13 @@ export: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-# pydensecrf's generated C++ is older than today's Python: have Cython write it again, and the last Cython that can
+# Only to be compared with. pydensecrf's generated C++ is older than today's Python: have Cython write it again, and the last Cython that can
 .venv/crf: .venv/ready
 	echo 'cython<3' > .venv/constraint.txt
 	CYTHON_FORCE_REGEN=1 PIP_CONSTRAINT=.venv/constraint.txt PIP_BUILD_CONSTRAINT=.venv/constraint.txt \
 		$(BIN)/pip install --quiet --use-pep517 pydensecrf
 	touch $@
 
-# The demo goes on without its +CRF column where this cannot be built
+# The bench goes on without its row where this cannot be built
 crf-if-possible: .venv/ready
 	-$(MAKE) .venv/crf

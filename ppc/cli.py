@@ -16,9 +16,9 @@ from .pipeline import METHODS, run as run_pipeline
 from .scenes import make_scenes
 from .training import Stopped
 
-# %% ../nbs/41_cli.ipynb #a0ddfed8
+# %% ../nbs/41_cli.ipynb #6f8a8943
 DEMO = dict(scenes=800, closeups=2400, pretrain_epochs=6, warm_epochs=4, target=96, epochs=3, batch_size=16,
-            seg_epochs=5, seg_batch_size=16, workers=2)
+            refine='psa', refine_options=dict(epochs=3, batch_size=16), seg_options=dict(iterations=250, batch_size=16), workers=2)
 
 # %% ../nbs/41_cli.ipynb #78b277cf
 def notebook():  # path of 50_run.ipynb, beside the package or inside it
@@ -39,14 +39,14 @@ def execute(
     papermill.execute_notebook(notebook(), Path(out)/'run.ipynb', dict(parameters, out=str(out)), progress_bar=False, kernel_name='python3')
     return metrics
 
-# %% ../nbs/41_cli.ipynb #80fb36fe
+# %% ../nbs/41_cli.ipynb #2f8838d4
 def summary(out, metrics):  # -> text for the terminal
     "The table of a run, and where to look."
-    rows = {'seed': metrics['seed_miou'], '+CRF': metrics['seed_crf_miou'], 'threshold': metrics['seed_threshold']}
-    text = pd.DataFrame(rows).astype(float).round(2).to_string(na_rep='-')
-    if metrics.get('segmentation_miou') is not None: text += f'\nsegmenter on val, learned from {metrics["best"]}: {metrics["segmentation_miou"]:.2f}'
-    files = f'notebook  {out}/run.ipynb\npicture   {out}/result.png\nnumbers   {out}/metrics.json'
-    return f'\nmIoU in percent; seeds with tags, at the best threshold on their own masks\n{text}\n\n{files}'
+    table = pd.DataFrame(metrics['table'])[['stage', 'method', 'list', 'images', 'threshold', 'threshold from', 'tags at test time', 'miou']]
+    text = table.fillna({'threshold from': ''}).astype({'threshold': float, 'miou': float}).round(2).to_string(index=False, na_rep='-')
+    more = [f'masks     {out}/masks'] if (Path(out)/'masks').is_dir() else []
+    files = '\n'.join([f'notebook  {out}/run.ipynb', f'picture   {out}/result.png', *more, f'numbers   {out}/metrics.json'])
+    return f'\nmIoU in percent; networks began: {metrics["table"][0]["start"]}\n{text}\n\n{files}'
 
 # %% ../nbs/41_cli.ipynb #226c390d
 app = typer.Typer(help='Pixel masks from image tags.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

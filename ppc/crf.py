@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IRN', 'PSA', 'SSC', 'DLP', 'PAIRWISES', 'FEW', 'Pairwise', 'elevate', 'simplex', 'corner_keys', 'Lattice', 'lattice',
            'beside', 'smooth', 'kernel', 'places', 'mean_field', 'hard_unary', 'crf', 'crf_scores', 'seed',
-           'write_masks']
+           'write_each', 'write_masks']
 
 # %% ../nbs/32_crf.ipynb #6cc6096e
 import math
@@ -185,7 +185,7 @@ def hard_unary(
     if classes > len(names): own = torch.cat([own, torch.zeros_like(own[:1])])
     return -torch.where(own, confidence, (1 - confidence)/(classes - 1)).log()
 
-# %% ../nbs/32_crf.ipynb #5e95a3b2
+# %% ../nbs/32_crf.ipynb #9b57c086
 def crf(
     image,          # (H, W, 3) uint8; grey: (H, W) or (H, W, 1)
     labels,         # (H, W) class numbers
@@ -200,9 +200,9 @@ def crf(
     limit = 256 if classes is None else classes
     if len(names) and not 0 <= names[0] <= names[-1] < limit:
         raise ValueError(f'labels hold {names[0]}..{names[-1]}: class numbers are 0..{limit - 1}; a number for unknown pixels is given as unsure.')
-    if not 0 < confidence < 1: raise ValueError(f'confidence is {confidence}: it lies between 0 and 1.')
     if len(names) < 2: return np.full(labels.shape, names[0], np.uint8) if len(names) else labels.astype(np.uint8)
     classes = classes or len(names)
+    if not 1/classes < confidence < 1: raise ValueError(f'confidence is {confidence}: with {classes} labels it lies between 1/{classes} and 1.')
     at = [torch.from_numpy(x.astype(np.int64)).to(image.device) for x in (labels, names)]
     unary = hard_unary(*at, classes, confidence)
     times = [1]*len(names) + [classes - len(names)]*(len(unary) - len(names))
@@ -232,31 +232,42 @@ def seed(
     if not len(present): return np.zeros(scores.shape[1:], dtype=np.uint8)
     return np.where(scores.max(0) > np.float32(threshold), np.asarray(present)[scores.argmax(0)], 0).astype(np.uint8)
 
-# %% ../nbs/32_crf.ipynb #1b1d3f69
+# %% ../nbs/32_crf.ipynb #2e6ca9c0
 FEW = 100  # pictures: fewer are done before the processes have imported torch
 
+def write_each(
+    work,    # called with a job
+    jobs,    # tuples; the file that a job writes is its first entry
+    workers, # processes; below 2, for few pictures, and on a GPU: none but this one
+    label,   # in front of the progress bar
+):
+    "Do the jobs whose file is not there yet."
+    todo = [j for j in jobs if not j[0].exists()]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=label) as bar:
+        if workers < 2 or len(todo) < FEW or torch.cuda.is_available():
+            for j in todo: work(j); bar.update()
+        else:
+            with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+                for _ in pool.map(work, todo, chunksize=8): bar.update()
+
+# %% ../nbs/32_crf.ipynb #30b1fdd4
 def write_masks(
     folder,       # `TagFolder`
     cams,         # folder of CAM files
     out,          # folder for <id>.png
     threshold,    # of the background
     use_crf,      # refine the seeds
-    workers=2,    # processes; below 2, for few pictures, and on a GPU: none but this one
+    workers=2,    # processes
     label='masks',# in front of the progress bar
     pairwise=IRN, # `Pairwise`
     classes=None, # as in `crf`
 ):
-    "Write the pseudo mask of every image of a split; what is there already is skipped."
-    jobs = [(folder.files[i], Path(cams)/f'{i}.npz', Path(out)/f'{i}.png', threshold, use_crf, pairwise, classes) for i in folder.ids]
-    todo = [j for j in jobs if not j[2].exists()]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=label) as bar:
-        if not use_crf or workers < 2 or len(todo) < FEW or torch.cuda.is_available():
-            for j in todo: _write_mask(j); bar.update()
-        else:
-            with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-                for _ in pool.map(_write_mask, todo, chunksize=8): bar.update()
+    "Write the pseudo mask of every image of a split; what is there already is skipped. Raises `DataError` for a CAM of another size."
+    jobs = [(Path(out)/f'{i}.png', folder.files[i], Path(cams)/f'{i}.npz', threshold, use_crf, pairwise, classes) for i in folder.ids]
+    write_each(_write_mask, jobs, workers if use_crf else 0, label)
 
 def _write_mask(job):
-    image, cam, out, threshold, use_crf, pairwise, classes = job
-    labels = seed(*read_cam(cam), threshold)
-    write_mask(out, crf(read_image(image), labels, classes, pairwise=pairwise) if use_crf else labels)
+    out, file, cam, threshold, use_crf, pairwise, classes = job
+    image = read_image(file)
+    labels = seed(*read_cam(cam, image.size[::-1]), threshold)
+    write_mask(out, crf(image, labels, classes, pairwise=pairwise) if use_crf else labels)

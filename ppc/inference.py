@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['multi_scale', 'cam_scores', 'write_cam', 'read_cam', 'same_size', 'write_cams']
 
-# %% ../nbs/31_inference.ipynb #e41f8321
+# %% ../nbs/31_inference.ipynb #4c875512
 import zipfile
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 from .cam import stretch
 from .data import DataError, atomic, normalise
@@ -40,31 +40,37 @@ def cam_scores(
     present = tags.nonzero().flatten().to(maps.device)
     return stretch(maps[1:][present]), present + 1
 
-# %% ../nbs/31_inference.ipynb #3ac7f1d6
+# %% ../nbs/31_inference.ipynb #a83dbb21
 def write_cam(path, scores, present):
     "Write the CAM of one image: scores (P, H, W) of the classes present (P,)."
     with atomic(path) as part: np.savez(part, cam=np.asarray(scores, dtype=np.float16), present=np.asarray(present, dtype=np.uint8))
 
 def read_cam(
-    path, # .npz of `write_cam`
-):        # scores (P, H, W) float32, classes (P,) uint8
-    "Read a CAM file. Raises `DataError` when it is missing or damaged."
+    path,      # .npz of `write_cam`
+    size=None, # (H, W) that it should have
+):             # scores (P, H, W) float32, classes (P,) uint8
+    "Read a CAM file. Raises `DataError` when it is missing, damaged or of another size."
     try:
-        with np.load(path, allow_pickle=False) as z: return z['cam'].astype(np.float32), z['present']
+        with np.load(path, allow_pickle=False) as z: scores, present = z['cam'].astype(np.float32), z['present']
     except FileNotFoundError: raise DataError(f'{path} is missing: run the stage that writes it.') from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
+    if size and scores.shape[1:] != tuple(size):
+        raise DataError(f'{path} is {scores.shape[2]}x{scores.shape[1]} but its image is {size[1]}x{size[0]}: delete it and make the CAMs again.')
+    return scores, present
 
-# %% ../nbs/31_inference.ipynb #82af821b
+# %% ../nbs/31_inference.ipynb #1a82fd3b
 def same_size(
     folder,     # `TagFolder`
     todo,       # item numbers
     batch_size, # at most so many
 ):              # list of lists of item numbers
-    "Group items whose images have the same size."
+    "Group items whose images have the same size, upright."
     groups = {}
     for i in todo:
-        with Image.open(folder.files[folder.ids[i]]) as im: groups.setdefault(im.size, []).append(i)
+        with Image.open(folder.files[folder.ids[i]]) as im:
+            lying = im.getexif().get(ExifTags.Base.Orientation, 1) > 4   # stored on its side; `read_image` turns it
+            groups.setdefault(im.size[::-1] if lying else im.size, []).append(i)
     return [g[k:k + batch_size] for g in groups.values() for k in range(0, len(g), batch_size)]
 
 # %% ../nbs/31_inference.ipynb #58eda6dc

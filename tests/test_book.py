@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 import papermill
 import pytest
-from ppc import pipeline
+from ppc import parameters, pipeline
 
 ROOT = Path(__file__).parent.parent
 BOOK = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -67,12 +67,12 @@ def test_parameters_live_once():
     line = re.compile(r'^(\w+): (\w+) = (.*?) +# (.*)$')
     found = [line.match(l).groups() for l in ''.join(cell['source']).splitlines() if not l.startswith('#')]
     want = []
-    for group in pipeline.GROUPS:
+    for group in parameters.GROUPS:
         for l in inspect.getsource(group).splitlines():
             m = line.match(l.strip())
             if m: want.append((m[1], m[2], re.sub(r'field\(default_factory=lambda: (.*)\)', r'\1', m[3]), m[4]))
     own = [f for f in found if f[0] in ('out', 'methods', 'progress')]
-    assert [f for f in found if f not in own] == want and len(want) == sum(len(pipeline.fields(g)) for g in pipeline.GROUPS)
+    assert [f for f in found if f not in own] == want and len(want) == sum(len(parameters.fields(g)) for g in parameters.GROUPS)
     assert ast.literal_eval(next(f[2] for f in own if f[0] == 'methods')) == list(pipeline.METHODS)
 
 

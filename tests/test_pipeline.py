@@ -10,13 +10,15 @@ import torch
 import yaml
 from filelock import FileLock
 from typer.testing import CliRunner
-from ppc import cli, pipeline
+from ppc import cli, pipeline, stages
 from ppc.data import DataError, TagFolder, read_mask
-from ppc.inference import read_cam
+from ppc.inference import read_cam, same_size
 from ppc.training import read_log
-from ppc.pipeline import CamTraining, read_json, run, settings
+from ppc.parameters import CamTraining, settings
+from ppc.pipeline import run
+from ppc.stages import read_json
 
-QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_batch_size=4)
+QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_options=dict(batch_size=4, iterations=4, crop=64))
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +40,7 @@ def test_every_stage_reports(done, scenes):
 
 def test_again_does_nothing(done, scenes, monkeypatch):
     out, result = done
-    monkeypatch.setattr(pipeline, 'fit', None)
+    monkeypatch.setattr(stages, 'fit', None)
     assert run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK) == result
 
 
@@ -101,31 +103,35 @@ def test_parameters_are_checked(wrong, words):
 @pytest.mark.parametrize('wrong, words', [
     (dict(methods=['sam']), "no method 'sam'"), (dict(backbone='resnet5000'), 'resnet5000'), (dict(batch_size=17), 'batch_size is 17'),
     (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
-    (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid')])
+    (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid'),
+    (dict(refine='sam'), 'none, crf, psa, irn'), (dict(refine='psa', preset='irn'), "preset is 'irn'"), (dict(refine='irn', refine_options={'beat': 8}), 'beta'),
+    (dict(segmenter='unet'), "'unet'"), (dict(recipe='deeplab'), 'ssc'), (dict(seg_options={'learning_rate': 1}), 'lr'), (dict(seg_options={'batch_size': 17}), 'batch_size is 17'),
+    (dict(seg_backbone='resnet5000'), 'resnet5000'), (dict(refine='psa', refine_backbone='resnet18', refine_weights='nowhere.pt'), 'nowhere.pt is missing')])
 def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
-    monkeypatch.setattr(pipeline, 'fit', None)
+    monkeypatch.setattr(stages, 'fit', None)
     with pytest.raises(ValueError, match=words): run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
 
 
 def test_a_mistake_can_be_mended_in_the_same_folder(scenes, tmp_path):
     "What was refused before it began leaves no configuration behind."
     with pytest.raises(ValueError): run(tmp_path/'run', ['cam'], data=str(scenes), **{**QUICK, 'val_split': 'vall'})
-    assert run(tmp_path/'run', ['cam'], data=str(scenes), segmenter=False, crf=False, **QUICK)['seed_miou']['cam'] is not None
+    assert run(tmp_path/'run', ['cam'], data=str(scenes), segmenter='none', refine='none', crf=False, **QUICK)['seed_miou']['cam'] is not None
 
 
 def test_bad_image_ends_before_training(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, 'fit', None)
+    monkeypatch.setattr(stages, 'fit', None)
     (mine/'JPEGImages'/'val00003.jpg').write_bytes(b'')
     with pytest.raises(DataError, match='val00003.jpg'): run(tmp_path/'run', ['cam'], data=str(mine), **QUICK)
 
 
-def test_tags_only_and_no_crf(mine, tmp_path, monkeypatch):
-    "One's own photographs: no masks, no lists, no compiler. Masks come out, numbers that need truth do not."
+@pytest.mark.parametrize('refine', ['none', 'crf', 'psa', 'irn'])
+def test_tags_only(mine, tmp_path, refine):
+    "One's own photographs: no masks, no lists. Masks come out, numbers that need truth do not."
     for d in ('SegmentationClass', 'Saliency', 'Parts', 'ImageSets'): shutil.rmtree(mine/d)
-    monkeypatch.setattr(pipeline, 'crf_available', lambda: False)
-    result = run(tmp_path/'run', ['cam'], data=str(mine), val_split='', **QUICK)
+    result = run(tmp_path/'run', ['cam'], data=str(mine), val_split='', refine=refine, refine_options=SMALL if refine in ('psa', 'irn') else {}, **QUICK)
     assert result['seed_miou'] == {'cam': None} and result['seed_crf_miou'] == {'cam': None} and result['segmentation_miou'] is None
     assert result['seed_threshold'] == {'cam': .25} and len(list((tmp_path/'run'/'masks').glob('*.png'))) == 20
+    assert all(row['miou'] is None and row['truth'] is None for row in result['table'])
 
 
 def test_any_size_any_network(mine, tmp_path):
@@ -138,15 +144,93 @@ def test_any_size_any_network(mine, tmp_path):
             Image.open(path).resize((100 + n % 3, 90), Image.NEAREST).save(path)
     torch.save(timm.create_model('mobilenetv2_035').state_dict(), tmp_path/'w.pt')
     result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **{**QUICK, 'target': 47, 'crop': 81}, options={'grid': 5}, backbone='mobilenetv2_035',
-                 weights=str(tmp_path/'w.pt'), output_stride=16, segmenter=False, scales=[.5, 1.0])
+                 weights=str(tmp_path/'w.pt'), output_stride=16, segmenter='none', refine='none', scales=[.5, 1.0])
     assert result['seed_miou']['seam+ppc'] is not None
 
 
-@pytest.mark.parametrize('method', pipeline.KNOWN)
+def test_photographs_on_their_side(mine, tmp_path):
+    "Turned by EXIF, a stored 90x100 belongs to the images of 100x90, and the other way round."
+    from PIL import ExifTags, Image
+    data, sizes = TagFolder(mine), [(100, 90), (90, 100)]
+    for n, i in enumerate(data.ids):
+        im = data.image(n).resize(sizes[n % 2])
+        exif = im.getexif()
+        exif[ExifTags.Base.Orientation] = (1, 6, 8, 1, 6, 3)[n % 6]
+        im.save(data.files[i], exif=exif)
+    groups = same_size(data, range(len(data)), 100)
+    assert len(groups) == 2 and all(len({data.image(i).size for i in g}) == 1 for g in groups)
+    shutil.rmtree(mine/'SegmentationClass')
+    run(tmp_path/'run', ['cam'], data=str(mine), val_split='', **QUICK)
+    for n, i in enumerate(data.ids): assert read_mask(tmp_path/'run'/'masks'/f'{i}.png').shape == data.image(n).size[::-1]
+
+
+# --- from seeds to masks -----------------------------------------------------------------------------------------------------
+
+SMALL = dict(batch_size=4, epochs=1, crop=64)
+
+
+@pytest.fixture(scope='module')
+def walked(done, scenes, tmp_path_factory):
+    "Of the finished run, the CAMs; from there by PSA and by IRN."
+    found = {}
+    for refine, segmenter in (('psa', 'aspp'), ('irn', 'aspp-concat')):
+        out = tmp_path_factory.mktemp('walked')/refine
+        shutil.copytree(done[0], out, ignore=shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock'))
+        for f in ('config.json', 'metrics.json'): (out/f).unlink()
+        more = dict(refine=refine, refine_options=SMALL, segmenter=segmenter, archive_split='val')
+        found[refine] = out, more, run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK, **more)
+    return found
+
+
+@pytest.mark.parametrize('refine', ['psa', 'irn'])
+def test_affinities_make_masks(walked, done, refine):
+    out, more, result = walked[refine]
+    assert result['seed_miou'] == done[1]['seed_miou']   # the same CAMs, not made again
+    for stage in ('affinity-labels', 'affinity', 'masks', 'segmenter', 'shown', 'segmentation', 'archive'): assert (out/stage/'metrics.json').is_file()
+    labels, masks = ([read_mask(out/d/f'train{i:05}.png') for i in range(16)] for d in ('affinity-labels', 'masks'))
+    assert any((m == 255).any() for m in labels) and not any((m == 255).any() for m in masks)
+    assert len(list((out/'shown').glob('*.png'))) == 6 and (out/'archive'/'results.tgz').is_file()
+
+
+@pytest.mark.parametrize('refine', ['psa', 'irn'])
+@pytest.mark.parametrize('stage', ['affinity-labels', 'affinity', 'masks'])
+def test_a_refinement_resumes(walked, scenes, tmp_path, refine, stage):
+    "A stage that lost its metrics and some of its files comes back with the same bytes, and nothing before it is done again."
+    source, more, result = walked[refine]
+    shutil.copytree(source, tmp_path/'run')
+    for s in ('.', stage): (tmp_path/'run'/s/'metrics.json').unlink()
+    lost = [tmp_path/'run'/stage/('weights.safetensors' if stage == 'affinity' else f'train{i:05}.png') for i in (1, 7)]
+    for f in lost: f.unlink(missing_ok=True)
+    again = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK, **more)
+    for f in lost: assert f.read_bytes() == (source/stage/f.name).read_bytes()
+    assert again['table'] == result['table']
+
+
+def test_rows_say_what_they_are(walked, done):
+    rows = walked['psa'][2]['table']
+    assert [(r['stage'], r['method']) for r in rows[:4]] == [('seed', 'cam'), ('+CRF', 'cam'), ('seed', 'seam+ppc'), ('+CRF', 'seam+ppc')]
+    assert rows[4]['stage'] == 'PSA' and rows[5]['stage'] == 'segmenter' and len(rows) == 6
+    assert all(r['tags at test time'] for r in rows[:5]) and not rows[5]['tags at test time'] and rows[5]['list'] == 'val' and rows[0]['images'] == 16
+    assert all(r['start'] == 'random, then tags' for r in rows) and rows[0]['threshold from'] == 'best on train' and rows[0]['truth'] == 'SegmentationClass'
+    assert rows[4]['miou'] == walked['psa'][2]['mask_miou'] and walked['irn'][2]['table'][4]['stage'] == 'IRN'
+
+
+def test_other_networks_refine_and_segment(done, scenes, tmp_path):
+    "A timm network for the affinities, another for the segmentation, weights from a file."
+    import timm
+    torch.save(timm.create_model('mobilenetv2_035').state_dict(), tmp_path/'w.pt')
+    shutil.copytree(done[0], tmp_path/'run', ignore=shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock'))
+    for f in ('config.json', 'metrics.json'): (tmp_path/'run'/f).unlink()
+    result = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK, refine='psa', refine_options=SMALL, refine_backbone='mobilenetv2_035',
+                 refine_weights=str(tmp_path/'w.pt'), seg_backbone='resnet50')
+    assert result['mask_miou'] is not None and [r['start'] for r in result['table'][-2:]] == ['w.pt', 'random']
+
+
+@pytest.mark.parametrize('method', stages.KNOWN)
 def test_every_method_learns(method, scenes, tmp_path):
     "Each baseline with and without the contrast, on views that are turned, shifted and mirrored."
     result = run(tmp_path/'run', [method], data=str(scenes), **{**QUICK, 'warm_epochs': 0}, flip=True, rotate=20., translate=16, dropout=.5,
-                 reading='paper', segmenter=False, crf=False)
+                 reading='paper', segmenter='none', refine='none', crf=False)
     log = read_log(tmp_path/'run'/method/'train'/'log.jsonl')
     terms = {'cls'} | ({'er', 'ecr', 'min'} if 'seam' in method else set()) | ({'sal'} if 'eps' in method else set())
     assert set(log[-1]) - {'step', 'lr', 'images_per_s'} == terms | ({'cross_prototype', 'cross_cam', 'intra'} if 'ppc' in method else set())
@@ -161,7 +245,7 @@ def test_eps_misses_a_saliency_map_before_training(mine, tmp_path):
 
 @pytest.mark.parametrize('name', ['resnet38', 'resnet50'])
 def test_networks_of_the_paper_by_name(name):
-    with torch.device('meta'): backbone = pipeline.make_backbone(CamTraining(backbone=name))
+    with torch.device('meta'): backbone = stages.make_backbone(CamTraining(backbone=name))
     assert backbone.channels[-1] == {'resnet38': 4096, 'resnet50': 2048}[name] and backbone.stride == 8
 
 
@@ -177,7 +261,7 @@ def ppc(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
 
 def test_command_runs_and_writes_a_notebook(scenes, tmp_path):
     (tmp_path/'p.yaml').write_text(yaml.safe_dump(dict(QUICK, data=str(scenes), out=str(tmp_path/'run'), methods=['cam'])))
-    done = ppc('run', tmp_path/'p.yaml', '-p', 'segmenter=false', '-p', 'crf=false')
+    done = ppc('run', tmp_path/'p.yaml', '-p', 'segmenter=none', '-p', 'refine=none', '-p', 'crf=false')
     assert done.exit_code == 0, done.output
     assert 'cam' in done.output and (tmp_path/'run'/'result.png').is_file()
     book = json.loads((tmp_path/'run'/'run.ipynb').read_text())

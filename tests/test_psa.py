@@ -10,7 +10,7 @@ from ppc import psa
 from ppc.backbones import ResNet, ResNet38, Timm, Tiny
 from ppc.data import DataError, TagFolder, read_mask, write_mask
 from ppc.inference import write_cam
-from ppc.psa import (OFFICIAL, PSA, RECIPES, SEAM, AffinityNet, Psa, affinity_labels, affinity_loss, at_neighbours, behind, majority, pair_affinity,
+from ppc.psa import (OFFICIAL, PSA, PSAS, SEAM, AffinityNet, Psa, affinity_labels, affinity_loss, at_neighbours, behind, majority, pair_affinity,
                      train_affinity, walked_mask, write_affinity_labels, write_psa_masks)
 from test_walk import literal_neighbours, literal_walk
 
@@ -53,7 +53,7 @@ def test_labels_with_the_crf():
     y, x = np.mgrid[:48, :64]
     d = np.hypot(y - 24, x - 32)
     image = np.where((d < 16)[..., None], (220, 160, 60), (30, 60, 90)).astype(np.uint8)
-    for o in RECIPES.values():
+    for o in PSAS.values():
         got = affinity_labels(image, (1 - d/22).clip(0, 1)[None].astype(np.float32), np.array([3]), 7, o)
         assert set(np.unique(got)) <= {0, 3, 255}
         assert (got[d < 10] == 3).all() and (got[d > 24] == 0).all()
@@ -61,7 +61,7 @@ def test_labels_with_the_crf():
 
 def test_labels_of_little():
     grey, none = np.full((5, 4, 3), 90, np.uint8), np.zeros((1, 5, 4), np.float32)
-    for o in RECIPES.values():
+    for o in PSAS.values():
         assert (affinity_labels(grey, none[:0], [], 7, o) == 0).all()           # no tag
         assert (affinity_labels(grey, none, [2], 7, o) == 0).all()              # an empty channel
         assert (affinity_labels(grey, none + 1, [2], 7, o) == 2).all()          # a full one
@@ -78,7 +78,7 @@ def test_options_that_cannot_be(wrong, words):
 def test_recipes_are_those_of_the_facts():
     assert (PSA.high, PSA.level, PSA.t, PSA.lr) == (32, 16, 256, .1) and (SEAM.high, SEAM.level, SEAM.t, SEAM.lr) == (24, 6, 64, .01)
     assert (OFFICIAL.unary, OFFICIAL.background, OFFICIAL.level, OFFICIAL.t, OFFICIAL.lr) == ('hard', 'constant', .27, 64, .01)
-    for o in RECIPES.values(): assert (o.low, o.radius, o.beta, o.epochs, o.batch_size, o.crop, o.weight_decay) == (4, 5, 8, 8, 8, 448, 5e-4)
+    for o in PSAS.values(): assert (o.low, o.radius, o.beta, o.epochs, o.batch_size, o.crop, o.weight_decay) == (4, 5, 8, 8, 8, 448, 5e-4)
 
 
 # --- labels on the grid, affinities, loss --------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def literal_mask(scores, present, affinity, stride, o):
     return best(up, [0, *present]), up
 
 
-@pytest.mark.parametrize('o', [replace(o, t=5) for o in RECIPES.values()], ids=list(RECIPES))
+@pytest.mark.parametrize('o', [replace(o, t=5) for o in PSAS.values()], ids=list(PSAS))
 @pytest.mark.parametrize('H, W', [(16, 24), (13, 18), (3, 5), (1, 1)])
 def test_masks_are_the_literal_ones(H, W, o):
     torch.manual_seed(H)
@@ -235,7 +235,7 @@ def test_masks_are_the_literal_ones(H, W, o):
 
 def test_masks_of_little():
     affinity = torch.rand(34, 2, 3)
-    for o in RECIPES.values():
+    for o in PSAS.values():
         assert (walked_mask(np.zeros((0, 11, 20), np.float32), np.zeros(0, np.uint8), affinity, 8, o) == 0).all()     # no tag: all background
         assert (walked_mask(np.zeros((1, 11, 20), np.float32), [4], affinity, 8, o) == 0).all()                       # an empty channel
         assert (walked_mask(np.ones((1, 11, 20), np.float32), [4], affinity, 8, o) == 4).all()

@@ -5,7 +5,8 @@ import statistics
 from pathlib import Path
 import torch
 import yaml
-from ppc.pipeline import METHODS, settings
+from ppc.parameters import settings
+from ppc.pipeline import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()

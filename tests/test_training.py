@@ -13,7 +13,8 @@ from ppc.training import Batches, read_log
 RUN = '''
 import sys, torch
 torch.set_num_threads(1)
-from ppc.pipeline import settings, CamTraining, Shared, train_cam
+from ppc.parameters import settings, CamTraining, Shared
+from ppc.stages import train_cam
 from ppc.data import TagFolder
 import ppc.training as training
 from pathlib import Path
@@ -25,8 +26,8 @@ training._record = record
 out.mkdir(exist_ok=True)
 p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4)
 fit = training.fit
-import ppc.pipeline
-ppc.pipeline.fit = lambda *a, **k: fit(*a, **k, log_every=1)
+import ppc.stages
+ppc.stages.fit = lambda *a, **k: fit(*a, **k, log_every=1)
 train_cam(out, TagFolder(data), 'seam+ppc', p[Shared], p[CamTraining], None)
 '''
 
