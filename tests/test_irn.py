@@ -232,6 +232,13 @@ def test_edges_of_the_mirror_image_are_mirrored(size):
     close(edge, (1/(1 + torch.exp(-(logits + mirrored)/2)))[0], 1e-5)
 
 
+def test_any_size_is_as_if_enlarged_to_a_multiple_of_four_and_one():
+    torch.manual_seed(0)
+    net, image = IRNet(Tiny()).eval(), torch.randn(3, 22, 31)
+    full = torch.zeros(3, 25, 33); full[:, :22, :31] = image
+    close(edge_map(net, image), edge_map(net, full)[:6, :8], 1e-5)
+
+
 @quick
 @given(st.integers(1, 3), st.integers(1, 22), st.integers(1, 22), st.integers(0, 9), seeds)
 def test_the_walk_is_the_dense_one(P, H, W, t, seed):
