@@ -22,7 +22,7 @@ from .inference import read_cam, same_size
 from .crf import crf, seed, write_each
 from .walk import neighbours, random_walk
 
-# %% ../nbs/35_irn.ipynb #bcc6583f
+# %% ../nbs/35_irn.ipynb #0bc17795
 @dataclass(frozen=True)
 class Irn:
     "The options of IRN. The defaults are the authors'. Raises `ValueError` for thresholds in the wrong order and a radius without neighbours."
@@ -48,7 +48,7 @@ class Irn:
         if min(self.radius, self.walk_radius) < 2: raise ValueError(f'radius is {self.radius} and walk_radius {self.walk_radius}: neighbours begin with 2.')
 
 AUTHORS = Irn()
-SMALL = Irn(crop=128, scale=(1., 1.25), epochs=1, batch_size=8, optimizer='Adam', lr=1e-2, lr_displacement=1e-2, radius=5, t=32)
+SMALL = Irn(fg=.45, bg=.2, crop=128, scale=(1., 1.25), epochs=1, batch_size=8, optimizer='Adam', lr=1e-2, lr_displacement=1e-2, radius=5, t=16, background=.35)
 IRNS = {'small': SMALL, 'irn': AUTHORS, 'recam': replace(AUTHORS, fg=.35, bg=.10)}
 
 # %% ../nbs/35_irn.ipynb #e11efdea

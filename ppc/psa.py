@@ -49,11 +49,11 @@ class Psa:
         if self.low > self.high: raise ValueError(f'low is {self.low} and high {self.high}: the higher exponent leaves less background.')
         if self.radius < 2: raise ValueError(f'radius is {self.radius}: pixels have neighbours from 2 on.')
 
-# %% ../nbs/34_psa.ipynb #677dfe1a
+# %% ../nbs/34_psa.ipynb #c5e930df
 PSA = Psa()
 SEAM = Psa(high=24, lr=.01, level=6, t=64)
 OFFICIAL = Psa(unary='hard', high=24, lr=.01, background='constant', level=.27, t=64)
-SMALL = replace(OFFICIAL, optimizer='AdamW', lr=1e-3, epochs=1, crop=128, t=8)
+SMALL = replace(PSA, low=2, high=8, optimizer='AdamW', lr=1e-3, epochs=1, crop=128, background='constant', level=.3, t=4)
 PSAS = {'small': SMALL, 'psa': PSA, 'seam': SEAM, 'official': OFFICIAL}
 
 # %% ../nbs/34_psa.ipynb #9ce0ffc4
