@@ -7,7 +7,7 @@ __all__ = ['SSC', 'SSC_ASPP', 'DLP', 'R38', 'SMALL', 'RECIPES', 'LargeFOV', 'ASP
            'Recipe', 'deeplab', 'recipe_groups', 'train_deeplab', 'predict', 'write_predictions', 'voc_archive',
            'check_archive', 'export']
 
-# %% ../nbs/36_deeplab.ipynb #5dafa4f3
+# %% ../nbs/36_deeplab.ipynb #1e73ef7a
 import copy, gzip, io, math, tarfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 from .data import MEAN, STD, DataError, TrainingViews, atomic, augmentation, normalise, voc_palette, write_mask
 from .backbones import freeze_batchnorm
-from .training import fit
+from .training import fit, optimizer_of
 from .inference import multi_scale, same_size
 from .crf import PAIRWISES, Pairwise, crf_scores
 from .views import resize
@@ -196,7 +196,7 @@ def recipe_groups(
             dict(params=weights, lr=r.lr*r.head_lr, weight_decay=r.weight_decay),
             dict(params=biases, lr=r.lr*r.bias_lr, weight_decay=r.weight_decay*r.bias_decay)]
 
-# %% ../nbs/36_deeplab.ipynb #0187fba7
+# %% ../nbs/36_deeplab.ipynb #43ee1737
 def train_deeplab(
     model,      # `DeepLab`
     folder,     # `TagFolder`
@@ -208,7 +208,7 @@ def train_deeplab(
 ):              # seconds
     "Train by the recipe; continues where an earlier call left off. Raises what `fit` raises."
     r = recipe
-    optimizer = getattr(torch.optim, r.optimizer)(recipe_groups(model, r), **({'momentum': r.momentum} if r.optimizer == 'SGD' else {}))
+    optimizer = optimizer_of(r.optimizer, recipe_groups(model, r), r.momentum)
     views = TrainingViews(folder, augmentation(r.resize, r.crop, r.jitter, relative=True), seed, masks=masks)
     losses = lambda model, batch: {'ce': segmentation_loss(model(batch['image']), batch['mask'], r.full)}
     return fit(model, losses, views, optimizer, out, r.epochs(len(folder)), r.batch_size, seed, **how)

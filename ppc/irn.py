@@ -6,7 +6,7 @@
 __all__ = ['AUTHORS', 'SMALL', 'IRNS', 'Irn', 'irn_labels', 'write_irn_labels', 'paths', 'edge_affinity', 'enlarge', 'IRNet',
            'irn_losses', 'irn_parameters', 'centre_displacement', 'train_irn', 'edge_map', 'walked', 'write_irn_masks']
 
-# %% ../nbs/35_irn.ipynb #c5a14eda
+# %% ../nbs/35_irn.ipynb #76b2d89d
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from .data import TrainingViews, atomic, augmentation, normalise, read_image, write_mask
 from .views import resize
-from .training import fit
+from .training import fit, optimizer_of
 from .inference import read_cam, same_size
 from .crf import crf, seed, write_each
 from .walk import neighbours, random_walk
@@ -210,7 +210,7 @@ def centre_displacement(
             bar.update(len(group))
     model.mean += total/len(folder)
 
-# %% ../nbs/35_irn.ipynb #6e7a1dc6
+# %% ../nbs/35_irn.ipynb #f5bba7f7
 def train_irn(
     model,   # `IRNet`
     folder,  # `TagFolder`
@@ -222,7 +222,7 @@ def train_irn(
 ):           # seconds
     "Train by the options and centre the displacements; continues where an earlier call left off. Raises what `fit` raises."
     o = options
-    optimizer = getattr(torch.optim, o.optimizer)(irn_parameters(model, o), **({'momentum': o.momentum} if o.optimizer == 'SGD' else {}))
+    optimizer = optimizer_of(o.optimizer, irn_parameters(model, o), o.momentum)
     views = TrainingViews(folder, augmentation(o.scale, o.crop, (0, 0, 0, 0), relative=True), seed, masks=labels)   # colours are left alone
     losses = lambda model, batch: irn_losses(*model(batch['image']), batch['mask'], o.radius)
     seconds = fit(model, losses, views, optimizer, out, o.epochs, o.batch_size, seed, **how)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'SHOWN', 'Plan', 'plan', 'generate', 'masks_wanted', 'run', 'config', 'all_stages', 'one_method',
            'cam_folder', 'table_row', 'threshold_from', 'seed_table', 'best_method', 'pseudo_masks', 'segmentation',
-           'provenance']
+           'trained_segmenter', 'provenance']
 
-# %% ../nbs/39_pipeline.ipynb #10bdf1e0
+# %% ../nbs/39_pipeline.ipynb #c27653b3
 import copy, platform, resource, subprocess
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from filelock import FileLock, Timeout
-from .data import TagFolder, check
+from .data import DataError, TagFolder, check, read_classes
 from .scenes import make_closeups, make_scenes
-from .training import Batches
+from .training import Batches, optimizer_of
 from .parameters import CamTraining, Refinement, Seeds, Segmentation, Shared, settings
 from .stages import (
-    affinity_options, evaluate_seeds, make_affinity_labels, make_backbone, make_cams, make_masks, make_walked_masks, method_losses,
-    pack, pretrain, segment, segmentation_recipe, stage, train_affinities, train_cam, train_segmenter)
+    affinity_options, evaluate_seeds, load_segmenter, make_affinity_labels, make_backbone, make_cams, make_masks, make_walked_masks, method_losses,
+    pack, pretrain, read_json, segment, segmentation_recipe, stage, train_affinities, train_cam, train_segmenter)
 
 # %% ../nbs/39_pipeline.ipynb #24dcaef1
 class Plan(NamedTuple):
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
         begun = {'': 'random', 'hub': 'its published weights'}.get(weights if name else c.weights, Path(weights if name else c.weights).name)
         return ', then '.join([begun, *(['close-ups'] if own and self.closeups else []), *(['tags'] if own and c.warm_epochs else [])])
 
-# %% ../nbs/39_pipeline.ipynb #87e64c70
+# %% ../nbs/39_pipeline.ipynb #4f86611c
 def plan(out, methods, s, c, seeds, r, g):
     "Check all that can be known before the first step. Raises `ValueError` or `DataError`."
     if len(c.resize) != 2: raise ValueError(f'resize is {c.resize}, it should be [from, to].')
@@ -58,6 +58,7 @@ def plan(out, methods, s, c, seeds, r, g):
     for name, weights in {('', ''), (r.refine_backbone, r.refine_weights), (g.seg_backbone, g.seg_weights)}: make_backbone(c, name, weights)
     Batches(len(lists[c.train_split]), c.batch_size, c.epochs)
     for o in learned: Batches(len(lists[r.mask_split]), o.batch_size, 1)
+    for o in (c, *learned): optimizer_of(o.optimizer, [torch.zeros(1)], o.momentum)
     return Plan(out, lists, closeups if c.backbone == 'tiny' and not c.weights else None, s, c, seeds, r, g)
 
 def generate(out, s):  # -> the scenes and the close-ups
@@ -141,13 +142,14 @@ def best_method(found):
     "The one with the best seeds; without masks to tell, the last."
     return max(found, key=lambda m: found[m]['seed']['miou']) if all(f['seed']['miou'] is not None for f in found.values()) else list(found)[-1]
 
-# %% ../nbs/39_pipeline.ipynb #5a76e2fd
+# %% ../nbs/39_pipeline.ipynb #87bf90ea
 def pseudo_masks(p, best, found):
     "Make them, as `refine` says; returns their row."
     data, truth, r = p.lists[p.r.mask_split], p.lists[p.seeds.seed_split], p.r
     cams, about = cam_folder(p, best, data), {'method': best, 'threshold': found['threshold'], **config(p.s, p.c, p.seeds, r)}
     if data.has_masks or not {*truth.ids} <= {*data.ids}: truth = data
     options, labels, weights = affinity_options(r), p.out/'affinity-labels', p.out/'affinity'/'weights.safetensors'
+    about['options'] = options and asdict(options)   # a preset may change from one edition to the next
     if not options:
         ready = p.out/best/'crf' if r.refine == 'crf' and p.seeds.crf and r.mask_split == p.seeds.seed_split else None
         made = stage(p.out/'masks', about, lambda f: make_masks(f, data, truth, cams, found['threshold'], r.refine == 'crf', p.s, 'pseudo masks', ready))
@@ -157,13 +159,13 @@ def pseudo_masks(p, best, found):
     made = stage(p.out/'masks', about, lambda f: make_walked_masks(f, data, truth, cams, weights, options, p.s, p.c, r))
     return table_row(r.refine.upper(), best, truth, made['miou'], True, p.start(r.refine_backbone, r.refine_weights))
 
-# %% ../nbs/39_pipeline.ipynb #57b52f6d
+# %% ../nbs/39_pipeline.ipynb #4a935263
 SHOWN = 6  # images
 
 def segmentation(p, best):
     "Train it and test it; returns the rows."
     recipe, weights, g, data = segmentation_recipe(p.g), p.out/'segmenter'/'weights.safetensors', p.g, p.lists[p.seeds.seed_split]
-    about, few = {'method': best, **config(*p[3:])}, copy.copy(data)
+    about, few = {'method': best, **config(*p[3:]), 'options': asdict(recipe)}, copy.copy(data)
     few.ids, few.tags = data.ids[:SHOWN], data.tags[:SHOWN]
     stage(p.out/'segmenter', about, lambda f: train_segmenter(f, p.lists[p.r.mask_split], p.out/'masks', recipe, p.s, p.c, g, p.first))
     test = lambda f, images: segment(f, images, weights, recipe, p.s, p.c, g)
@@ -172,6 +174,16 @@ def segmentation(p, best):
     if not g.val_split: return []
     made = stage(p.out/'segmentation', about, lambda f: test(f, p.lists[g.val_split]))
     return [table_row('segmenter', best, p.lists[g.val_split], made['miou'], False, p.start(g.seg_backbone, g.seg_weights))]
+
+# %% ../nbs/39_pipeline.ipynb #03ef4e1b
+def trained_segmenter(
+    out, # run folder
+):       # `DeepLab`
+    "The segmentation network of a run. Raises `DataError` where there is none."
+    out = Path(out)
+    if not (out/'segmenter'/'metrics.json').is_file(): raise DataError(f'{out} has no trained segmenter: run ppc with a segmenter and this folder as out.')
+    s, c, seeds, r, g = settings(**{k: v for k, v in read_json(out/'segmenter'/'config.json').items() if k not in ('method', 'options')}).values()
+    return load_segmenter(out/'segmenter'/'weights.safetensors', read_classes(s.data or out/'scenes'), segmentation_recipe(g), s, c, g)
 
 # %% ../nbs/39_pipeline.ipynb #fe25463a
 def provenance():

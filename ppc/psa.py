@@ -7,7 +7,7 @@ __all__ = ['PSA', 'SEAM', 'OFFICIAL', 'SMALL', 'PSAS', 'Psa', 'behind', 'affinit
            'at_neighbours', 'pair_affinity', 'AffinityNet', 'majority', 'affinity_loss', 'train_affinity',
            'walked_mask', 'write_psa_masks']
 
-# %% ../nbs/34_psa.ipynb #b3fe0362
+# %% ../nbs/34_psa.ipynb #d072a4fd
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .data import DataError, TrainingViews, augmentation, normalise, read_image, write_mask
 from .backbones import parameter_groups
 from .views import resize
-from .training import fit
+from .training import fit, optimizer_of
 from .inference import read_cam, same_size
 from .crf import PSA as PAIRWISE, crf, crf_scores, write_each
 from .walk import neighbours, random_walk
@@ -173,7 +173,7 @@ def affinity_loss(
     return {'bg': mean(known & same & (y == 0), together)/4,
             'fg': mean(known & same & (y > 0), together)/4, 'neg': mean(known & ~same, apart)/2}
 
-# %% ../nbs/34_psa.ipynb #a9c2aac8
+# %% ../nbs/34_psa.ipynb #38626c80
 def train_affinity(
     model,       # `AffinityNet`
     folder,      # `TagFolder`
@@ -185,8 +185,7 @@ def train_affinity(
 ):               # seconds
     "Train by the recipe; continues where an earlier call left off. Raises what `fit` raises."
     o = options
-    momentum = {'momentum': o.momentum} if o.optimizer == 'SGD' else {}
-    optimizer = getattr(torch.optim, o.optimizer)(parameter_groups(model, o.lr), weight_decay=o.weight_decay, **momentum)
+    optimizer = optimizer_of(o.optimizer, parameter_groups(model, o.lr), o.momentum, weight_decay=o.weight_decay)
     views = TrainingViews(folder, augmentation((1, 1), o.crop, relative=True), seed, masks=labels)
     losses = lambda model, batch: affinity_loss(model(batch['image']), batch['mask'], o.radius)
     return fit(model, losses, views, optimizer, out, o.epochs, o.batch_size, seed, **how)

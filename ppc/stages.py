@@ -6,9 +6,9 @@
 __all__ = ['KNOWN', 'stage', 'write_json', 'read_json', 'make_backbone', 'make_camnet', 'contrast_reading', 'method_losses',
            'pretrain', 'train_cam', 'make_cams', 'class_iou', 'evaluate_seeds', 'evaluate_masks', 'make_masks',
            'affinity_options', 'make_affinity_labels', 'make_affinity_net', 'train_affinities', 'make_walked_masks',
-           'segmentation_recipe', 'make_segmenter', 'train_segmenter', 'segment', 'pack']
+           'segmentation_recipe', 'make_segmenter', 'train_segmenter', 'load_segmenter', 'segment', 'pack']
 
-# %% ../nbs/38_stages.ipynb #ba739984
+# %% ../nbs/38_stages.ipynb #3ff5f5c1
 import json, shutil, time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .views import draw_transformation, paired_views, resize
 from .seam import PCM, seam_losses
 from .eps import eps_losses, saliency_losses
 from .contrast import READINGS, PixelToPrototypeContrast
-from .training import fit
+from .training import fit, optimizer_of
 from .inference import read_cam, write_cams
 from .crf import PAIRWISES, write_masks
 from .psa import PSAS, AffinityNet, Psa, train_affinity, write_affinity_labels, write_psa_masks
@@ -117,7 +117,7 @@ def method_losses(
         return terms
     return losses
 
-# %% ../nbs/38_stages.ipynb #99b9ff8a
+# %% ../nbs/38_stages.ipynb #5a113db2
 def _how(s): return dict(workers=s.workers, precision=s.precision, device=s.device)
 
 def pretrain(folder, closeups, s, c):
@@ -135,8 +135,7 @@ def train_cam(folder, data, method, s, c, pretrained):
     torch.manual_seed(s.seed)
     model = make_camnet(c, len(data.classes), method, pretrained)
     views = TrainingViews(data, augmentation(c.resize, c.crop), s.seed, saliency='eps' in method.split('+'))
-    momentum = {'momentum': c.momentum} if c.optimizer == 'SGD' else {}
-    optimizer = getattr(torch.optim, c.optimizer)(parameter_groups(model, c.lr, c.lr_new), weight_decay=c.weight_decay, **momentum)
+    optimizer = optimizer_of(c.optimizer, parameter_groups(model, c.lr, c.lr_new), c.momentum, weight_decay=c.weight_decay)
     fit(model, method_losses(method, c), views, optimizer, folder, c.epochs, c.batch_size, s.seed, label=method, **_how(s))
     return {'images': len(data), 'epochs': c.epochs}
 
@@ -212,7 +211,7 @@ def make_walked_masks(folder, data, truth, cams, weights, options, s, c, r):
     write(model, data, cams, folder, options)
     return evaluate_masks(truth, folder)
 
-# %% ../nbs/38_stages.ipynb #3274fc9c
+# %% ../nbs/38_stages.ipynb #69716fee
 def segmentation_recipe(g):  # `Segmentation` -> `Recipe`, or None
     "The recipe that the parameters name. Raises `ValueError`."
     if g.segmenter == 'none': return None
@@ -229,10 +228,12 @@ def train_segmenter(folder, data, masks, recipe, s, c, g, pretrained):
     train_deeplab(make_segmenter(c, g, len(data.classes), recipe, pretrained), data, masks, folder, recipe, s.seed, label='segmenter', **_how(s))
     return {'images': len(data), 'epochs': recipe.epochs(len(data))}
 
+def load_segmenter(weights, classes, recipe, s, c, g):  # trained, -> `DeepLab`
+    return _load(make_segmenter(replace(c, weights=''), replace(g, seg_weights=''), len(classes), recipe), weights, s)
+
 def segment(folder, data, weights, recipe, s, c, g):
     "Masks of a split from the trained segmenter, without tags."
-    model = _load(make_segmenter(replace(c, weights=''), replace(g, seg_weights=''), len(data.classes), recipe), weights, s)
-    write_predictions(model, data, folder, recipe.scales, pairwise=recipe.pairwise)
+    write_predictions(load_segmenter(weights, data.classes, recipe, s, c, g), data, folder, recipe.scales, pairwise=recipe.pairwise)
     return evaluate_masks(data, folder)
 
 def pack(folder, data, weights, recipe, s, c, g):

@@ -104,6 +104,7 @@ def test_parameters_are_checked(wrong, words):
     (dict(methods=['sam']), "no method 'sam'"), (dict(backbone='resnet5000'), 'resnet5000'), (dict(batch_size=17), 'batch_size is 17'),
     (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
     (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid'),
+    (dict(optimizer='adam'), "no 'adam'"), (dict(seg_options={'optimizer': 'sgd'}), "no 'sgd'"),
     (dict(refine='sam'), 'none, crf, psa, irn'), (dict(refine='psa', preset='irn'), "preset is 'irn'"), (dict(refine='irn', refine_options={'beat': 8}), 'beta'),
     (dict(segmenter='unet'), "'unet'"), (dict(recipe='deeplab'), 'ssc'), (dict(seg_options={'learning_rate': 1}), 'lr'), (dict(seg_options={'batch_size': 17}), 'batch_size is 17'),
     (dict(seg_backbone='resnet5000'), 'resnet5000'), (dict(refine='psa', refine_backbone='resnet18', refine_weights='nowhere.pt'), 'nowhere.pt is missing')])
@@ -284,3 +285,20 @@ def test_scenes_are_repeatable(tmp_path):
     assert ppc('scenes', tmp_path/'a', '--train', 3, '--val', 1).exit_code == 0
     other = ppc('scenes', tmp_path/'a', '--train', 4)
     assert other.exit_code == 1 and 'choose another folder' in other.output
+
+
+def test_command_exports_the_network(walked, scenes, tmp_path):
+    "What leaves gives the masks that the run gave."
+    onnxruntime = pytest.importorskip('onnxruntime')
+    out = walked['psa'][0]
+    done = ppc('export', out, tmp_path/'net.onnx')
+    assert done.exit_code == 0, done.output
+    session, data = onnxruntime.InferenceSession(tmp_path/'net.onnx'), TagFolder(scenes, 'val')
+    for n, i in enumerate(data.ids):
+        image = np.asarray(data.image(n)).transpose(2, 0, 1)[None]
+        plain, mirrored = (session.run(['logits'], {'image': np.ascontiguousarray(x)})[0] for x in (image, image[..., ::-1]))
+        mean = (plain + mirrored[..., ::-1])/2
+        assert (mean[0].argmax(0) == read_mask(out/'segmentation'/f'{i}.png')).mean() > .999
+    for wrong, words in ((tmp_path, 'no trained segmenter'), (out, 'should end in')):
+        failed = ppc('export', wrong, tmp_path/'net.pth')
+        assert failed.exit_code == 1 and words in failed.output
