@@ -58,7 +58,7 @@ def threshold_curves(
     ax.set_xlabel('background threshold', fontsize=8); ax.set_ylabel('seed mIoU, %', fontsize=8); ax.tick_params(labelsize=7); ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/03_plots.ipynb #d9d4db36
+# %% ../nbs/03_plots.ipynb #b36e055f
 def loss_curves(
     rows,     # of a training log: dicts with 'step'
     title='', # of the axes
@@ -70,5 +70,5 @@ def loss_curves(
     for k in [k for k in rows[0] if k not in ('step', 'lr', 'images_per_s')]:
         v = np.convolve([r[k] for r in rows], np.ones(window)/window, 'valid') if len(rows) >= window else [r[k] for r in rows]
         ax.plot([r['step'] for r in rows][-len(v):], v, label=k, lw=1)
-    ax.set_title(title, fontsize=8); ax.set_xlabel('step', fontsize=8); ax.tick_params(labelsize=6); ax.legend(fontsize=5, loc='upper right')
+    ax.set_title(title, fontsize=8); ax.set_xlabel('step', fontsize=8); ax.tick_params(labelsize=6); ax.legend(fontsize=5, loc='upper right', frameon=False)   # a frame would hide curves
     return ax
