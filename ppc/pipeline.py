@@ -7,8 +7,8 @@ __all__ = ['METHODS', 'SHOWN', 'Plan', 'plan', 'generate', 'masks_wanted', 'run'
            'cam_folder', 'table_row', 'threshold_from', 'seed_table', 'best_method', 'pseudo_masks', 'segmentation',
            'trained_segmenter', 'provenance']
 
-# %% ../nbs/39_pipeline.ipynb #c27653b3
-import copy, platform, resource, subprocess
+# %% ../nbs/39_pipeline.ipynb #1a076a72
+import copy, inspect, platform, resource, subprocess
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -86,7 +86,7 @@ def run(
 
 def config(*parts): return {k: v for p in parts for k, v in asdict(p).items() if k not in ('workers', 'device')}
 
-# %% ../nbs/39_pipeline.ipynb #1e9de087
+# %% ../nbs/39_pipeline.ipynb #e6b01e8a
 def all_stages(p, methods):
     "The stages of a `Plan`, in their order; returns what the run reports."
     data, start = p.lists[p.c.train_split], None
@@ -100,7 +100,7 @@ def all_stages(p, methods):
         best = best_method(found)
         masks = pseudo_masks(p, best, found[best])
         rows = segmentation(p, best) if p.g.segmenter != 'none' else []
-        result['table'] += [masks, *rows]
+        result['table'] += [row for row in (masks, *rows) if row not in result['table']]   # seeds + CRF may be there already
         result |= {'best': best, 'mask_miou': masks['miou'], 'segmentation_miou': rows[0]['miou'] if rows else None}
     return result | {'parameters': config(p.s, p.c, p.seeds, p.r, p.g), **provenance()}
 
@@ -185,11 +185,11 @@ def trained_segmenter(
     s, c, seeds, r, g = settings(**{k: v for k, v in read_json(out/'segmenter'/'config.json').items() if k not in ('method', 'options')}).values()
     return load_segmenter(out/'segmenter'/'weights.safetensors', read_classes(s.data or out/'scenes'), segmentation_recipe(g), s, c, g)
 
-# %% ../nbs/39_pipeline.ipynb #fe25463a
+# %% ../nbs/39_pipeline.ipynb #2b9a564f
 def provenance():
     "What a number needs beside it: versions, commit, machine, memory."
     packages = {p: version(p) for p in ('torch', 'torchvision', 'timm', 'accelerate', 'numpy')}
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(inspect.getfile(settings)).parent, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {'commit': git.stdout.strip() or None, 'versions': packages, 'device': device, 'threads': torch.get_num_threads(),
             'peak_memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024}
