@@ -45,9 +45,16 @@ def results():
             'segmenter on val, learned from PSA': [r['segmentation_miou'] for r in demo], 'segmenter on val, learned from IRN': [r['segmentation_miou'] for r in irn]}
     def table(title, rows):
         lines = [f'| {title} | seed 0 | seed 1 | seed 2 | mean ± std |', '|---|---|---|---|---|']
-        for name, v in rows.items(): lines.append(f'| {name} | {" | ".join(f"{x:.1f}" for x in v)} | {statistics.mean(v):.1f} ± {statistics.stdev(v):.1f} |')
+        for name, v in rows.items(): lines.append(f'| {name} | {" | ".join(f"{round(x, 1) + 0:.1f}" for x in v)} | {statistics.mean(v):.1f} ± {statistics.stdev(v):.1f} |')
         return '\n'.join(lines)
     return table('seed mIoU, %', seeds | minus), table('mIoU, %', best)
+
+
+def test_speeds_are_those_of_the_bench():
+    crf, psa, irn = json.loads((ROOT/'runs'/'bench'/'x86-64-2-threads.json').read_text())[2:]
+    assert f'{crf["ratio"]:.2f} times as fast on one core (375×500, 4 labels, 10 steps), in {crf["extra_mb"]:.0f} MB' in README
+    assert f'{psa["ratio"]:.0f} and IRN\'s {irn["ratio"]:.0f} times as fast as squaring a dense matrix' in README
+    assert f'in {irn["extra_mb"]:.0f} MB where that takes {irn["dense_mb"]:.0f}' in README
 
 
 def test_results_are_those_of_the_runs():
