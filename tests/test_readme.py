@@ -7,6 +7,7 @@ import torch
 import yaml
 from ppc.parameters import settings
 from ppc.pipeline import METHODS
+from ppc.stages import affinity_options, segmentation_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
@@ -28,7 +29,8 @@ def test_a_strangers_classifier_gains_the_loss():
 def test_parameters_of_own_photographs_are_parameters():
     p = yaml.safe_load(block('yaml', 'my-data'))
     assert p.pop('out') and set(p.pop('methods')) <= {*METHODS, 'cam+ppc'}
-    settings(**p)
+    *_, refinement, segmentation = settings(**p).values()
+    assert affinity_options(refinement).t == 64 and segmentation_recipe(segmentation).iterations == 4000
 
 
 def runs(name): return [json.loads((ROOT/'runs'/'results'/f'{name}-seed{seed}'/'metrics.json').read_text()) for seed in range(3)]
