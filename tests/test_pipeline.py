@@ -250,9 +250,10 @@ def test_networks_of_the_paper_by_name(name):
     assert backbone.channels[-1] == {'resnet38': 4096, 'resnet50': 2048}[name] and backbone.stride == 8
 
 
-def test_papermill_refuses_a_misspelt_parameter(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'epochs'"):
-        papermill.execute_notebook(str(cli.notebook()), None, dict(epoch=3, out=str(tmp_path/'run')), progress_bar=False, kernel_name='python3')
+@pytest.mark.parametrize('wrong, words', [(dict(epoch=3), "did you mean 'epochs'"), (dict(options={'gird': 8}), "options of reading are {'gird': 8}")])
+def test_papermill_refuses_a_misspelt_parameter(wrong, words, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=words):
+        papermill.execute_notebook(str(cli.notebook()), None, dict(wrong, out=str(tmp_path/'run')), progress_bar=False, kernel_name='python3')
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------
