@@ -66,4 +66,7 @@ def test_results_are_those_of_the_runs():
 def test_photographs_are_those_of_the_runs():
     found = {p.parent.name: f'{json.loads(p.read_text())["seed_miou"]["seam+ppc"]:.1f}' for p in (ROOT/'runs'/'results'/'voc-animals').glob('*/metrics.json')}
     assert f'**{found["official"]}** in the authors\' reading and **{found["paper"]}** in the paper\'s' in README
+    runs = [json.loads((ROOT/'runs'/'results'/'voc-animals'/f'masks-seed{s}'/'metrics.json').read_text())['table'] for s in (0, 1)]
+    pair = lambda stage: ' and '.join(f"{next(r['miou'] for r in rows if r['stage'] == stage):.1f}" for rows in runs)
+    assert f"seeds {pair('seed')}, + CRF {pair('+CRF')}, PSA {pair('PSA')}; a segmenter learned from PSA's masks {pair('segmenter')} on" in README
     assert f'from {found["paper"]} down to {found["paper-without-gradient"]}' in README
