@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IRN', 'PSA', 'SSC', 'DLP', 'PAIRWISES', 'FEW', 'Pairwise', 'elevate', 'simplex', 'corner_keys', 'Lattice', 'lattice',
-           'beside', 'smooth', 'kernel', 'places', 'mean_field', 'hard_unary', 'crf', 'crf_scores', 'seed',
+           'beside', 'smooth', 'kernel', 'places', 'mean_field', 'hard_unary', 'crf', 'crf_scores', 'seed', 'crf_cam',
            'write_each', 'write_masks']
 
 # %% ../nbs/32_crf.ipynb #6cc6096e
@@ -232,6 +232,19 @@ def seed(
     if not len(present): return np.zeros(scores.shape[1:], dtype=np.uint8)
     return np.where(scores.max(0) > np.float32(threshold), np.asarray(present)[scores.argmax(0)], 0).astype(np.uint8)
 
+# %% ../nbs/32_crf.ipynb #cf0711b7
+def crf_cam(
+    image,       # (H, W, 3) uint8
+    scores,      # (P, H, W) in 0..1
+    present,     # (P,) class numbers from 1
+    power=8,     # of the background, (1 - max) to this power
+    pairwise=PSA,# `Pairwise`
+):               # (H, W) uint8
+    "The best of background and present classes after a CRF that begins with a CAM's scores. Without any class all of it is background."
+    if not len(present): return np.zeros(scores.shape[1:], dtype=np.uint8)
+    names, behind = np.array([0, *present], dtype=np.uint8), (1 - scores.max(0, keepdims=True))**power
+    return names[crf_scores(image, np.concatenate([behind, scores]), pairwise).argmax(0)]
+
 # %% ../nbs/32_crf.ipynb #2e6ca9c0
 FEW = 100  # pictures: fewer are done before the processes have imported torch
 
@@ -250,7 +263,7 @@ def write_each(
             with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
                 for _ in pool.map(work, todo, chunksize=8): bar.update()
 
-# %% ../nbs/32_crf.ipynb #30b1fdd4
+# %% ../nbs/32_crf.ipynb #f087b16b
 def write_masks(
     folder,       # `TagFolder`
     cams,         # folder of CAM files
@@ -261,13 +274,16 @@ def write_masks(
     label='masks',# in front of the progress bar
     pairwise=IRN, # `Pairwise`
     classes=None, # as in `crf`
+    power=0,      # 0: the CRF begins with the seeds; otherwise with the CAMs, see `crf_cam`
 ):
     "Write the pseudo mask of every image of a split; what is there already is skipped. Raises `DataError` for a CAM of another size."
-    jobs = [(Path(out)/f'{i}.png', folder.files[i], Path(cams)/f'{i}.npz', threshold, use_crf, pairwise, classes) for i in folder.ids]
+    jobs = [(Path(out)/f'{i}.png', folder.files[i], Path(cams)/f'{i}.npz', threshold, use_crf, pairwise, classes, power) for i in folder.ids]
     write_each(_write_mask, jobs, workers if use_crf else 0, label)
 
 def _write_mask(job):
-    out, file, cam, threshold, use_crf, pairwise, classes = job
-    image = read_image(file)
-    labels = seed(*read_cam(cam, image.size[::-1]), threshold)
+    out, file, cam, threshold, use_crf, pairwise, classes, power = job
+    image = np.asarray(read_image(file))
+    scores, present = read_cam(cam, image.shape[:2])
+    if use_crf and power: return write_mask(out, crf_cam(image, scores, present, power, pairwise))
+    labels = seed(scores, present, threshold)
     write_mask(out, crf(image, labels, classes, pairwise=pairwise) if use_crf else labels)

@@ -73,7 +73,7 @@ def same_size(
             groups.setdefault(im.size[::-1] if lying else im.size, []).append(i)
     return [g[k:k + batch_size] for g in groups.values() for k in range(0, len(g), batch_size)]
 
-# %% ../nbs/31_inference.ipynb #58eda6dc
+# %% ../nbs/31_inference.ipynb #85098a5a
 def write_cams(
     model,         # `CamNet`
     folder,        # `TagFolder`
@@ -81,12 +81,14 @@ def write_cams(
     scales=(.5, 1, 1.5, 2),
     batch_size=8,
     refined=True,  # the refined map where the network has one, otherwise the plain CAM
+    softmax=False, # channels compete at each scale, as in EPS (`14_eps`)
     label='CAMs',  # in front of the progress bar
 ):
     "Write the CAM file of every image of a split."
     device, out = next(model.parameters()).device, Path(out)
     todo = [i for i in range(len(folder)) if not (out/f'{folder.ids[i]}.npz').exists()]
-    maps = lambda x: model(x).best if refined else model(x).cam
+    found = lambda x: model(x).best if refined else model(x).cam
+    maps = (lambda x: found(x).softmax(1)) if softmax else found
     model.eval()
     with tqdm(total=len(folder), initial=len(folder) - len(todo), desc=label) as bar:
         for group in same_size(folder, todo, batch_size):

@@ -56,7 +56,7 @@ class CamTraining:
     reading: str = 'official'       # of the contrast: 'paper' or 'official', see 22_contrast
     options: dict = field(default_factory=lambda: {}) # single options of the reading that shall be otherwise, such as {'grid': 8}
 
-# %% ../nbs/37_parameters.ipynb #fad7d38e
+# %% ../nbs/37_parameters.ipynb #563042c0
 @dataclass
 class Seeds:
     "Stages <method>/cams, <method>/seeds and <method>/crf (§4.3)."
@@ -65,6 +65,8 @@ class Seeds:
     refined: bool = True            # seeds from the refined maps, where the method has them
     threshold: float = 0.0          # of the background; 0: the best on the masks of seed_split, 0.25 where there are none
     crf: bool = True                # also the seeds + CRF of every method, for the table
+    crf_power: float = 0.0          # 0: the CRF begins with the seeds; otherwise with the CAMs, the background at (1 - max) to this power (EPS: 8)
+    crf_iterations: int = 10        # steps of its mean field (EPS: 5)
 
 @dataclass
 class Refinement:

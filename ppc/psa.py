@@ -7,7 +7,7 @@ __all__ = ['PSA', 'SEAM', 'OFFICIAL', 'SMALL', 'PSAS', 'Psa', 'behind', 'affinit
            'at_neighbours', 'pair_affinity', 'AffinityNet', 'majority', 'affinity_loss', 'train_affinity',
            'walked_mask', 'write_psa_masks']
 
-# %% ../nbs/34_psa.ipynb #d072a4fd
+# %% ../nbs/34_psa.ipynb #2c5e7df5
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from .backbones import parameter_groups
 from .views import resize
 from .training import fit, optimizer_of
 from .inference import read_cam, same_size
-from .crf import PSA as PAIRWISE, crf, crf_scores, write_each
+from .crf import PSA as PAIRWISE, crf, crf_cam, write_each
 from .walk import neighbours, random_walk
 
 # %% ../nbs/34_psa.ipynb #ac5ea9c1
@@ -66,7 +66,7 @@ def behind(
     best = scores.max(0, initial=0)
     return np.concatenate([((1 - best)**level if rule == 'power' else np.full_like(best, level))[None], scores])
 
-# %% ../nbs/34_psa.ipynb #b26973c3
+# %% ../nbs/34_psa.ipynb #b5020423
 def affinity_labels(
     image,   # (H, W, 3) uint8
     scores,  # (P, H, W) in 0..1
@@ -78,9 +78,8 @@ def affinity_labels(
     if not len(present): return np.zeros(scores.shape[1:], dtype=np.uint8)
     names = np.array([0, *present], dtype=np.uint8)
     def labels(alpha):
-        full = behind(scores, 'power', alpha)
-        if options.unary == 'soft': return names[crf_scores(image, full, PAIRWISE).argmax(0)]
-        return crf(image, names[full.argmax(0)], classes, pairwise=PAIRWISE)
+        if options.unary == 'soft': return crf_cam(image, scores, present, alpha, PAIRWISE)
+        return crf(image, names[behind(scores, 'power', alpha).argmax(0)], classes, pairwise=PAIRWISE)
     sure_object, background = labels(options.low), labels(options.high) == 0
     return np.where(background, 0, np.where(sure_object > 0, sure_object, 255)).astype(np.uint8)
 

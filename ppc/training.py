@@ -16,21 +16,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .data import DataError, atomic, seed_of
 
-# %% ../nbs/30_training.ipynb #6691c06f
+# %% ../nbs/30_training.ipynb #0661f4af
 class Batches:
-    "The batches of a whole run, as lists of (epoch, index), from step `start` on. Raises `ValueError` when not even one batch is full."
+    "The batches of a whole run, as lists of (epoch, index), from step `start` on. Fewer images than a batch are one batch; none at all: `ValueError`."
     drop_last = True
     def __init__(self,
         n,          # images
         batch_size, # images per step
-        epochs,     # how often each is seen
+        epochs,     # how often each is seen; the last time perhaps not all of them
         seed=0,     # of the run
         start=0,    # steps already done
     ):
-        if n < batch_size: raise ValueError(f'batch_size is {batch_size} but there are only {n} images: choose at most {n}.')
-        self.n, self.batch_size, self.seed, self.start = n, batch_size, seed, start
-        self.per_epoch = n//batch_size
-        self.steps = self.per_epoch*epochs
+        if n < 1: raise ValueError('there are no images to learn from.')
+        self.n, self.batch_size, self.seed, self.start = n, min(batch_size, n), seed, start
+        self.per_epoch = n//self.batch_size
+        self.steps = max(1, round(self.per_epoch*epochs))
 
     def __len__(self): return self.steps - self.start
 
@@ -104,7 +104,7 @@ def _rewind(path, step):
     rows = [r for r in read_log(path) if r['step'] <= step]
     with atomic(path) as part: part.write_text(''.join(json.dumps(r) + '\n' for r in rows))
 
-# %% ../nbs/30_training.ipynb #95392c67
+# %% ../nbs/30_training.ipynb #0576541a
 class Stopped(Exception):
     "Training was asked to stop; it has written a checkpoint and continues from there when started again."
 
@@ -112,7 +112,7 @@ def _record(terms, step, steps, optimizer, speed):
     values = {k: v.item() for k, v in terms.items()}
     for k, v in values.items():
         if not abs(v) < float('inf'): raise FloatingPointError(f'{k} is {v} at step {step} of {steps}: try a lower learning rate, or precision "no".')
-    return {'step': step, **values, 'lr': optimizer.param_groups[0]['lr'], 'images_per_s': round(speed, 1)}
+    return {'step': step, **values, 'lr': optimizer.param_groups[0]['lr'], 'images_per_s': float(f'{speed:.4g}')}
 
 # %% ../nbs/30_training.ipynb #f6dd3d64
 def _bar(accelerator, steps, start, label):   # one process shows it; TQDM_DISABLE in the environment hides it

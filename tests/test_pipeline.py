@@ -18,7 +18,7 @@ from ppc.parameters import CamTraining, settings
 from ppc.pipeline import run
 from ppc.stages import read_json
 
-QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_options=dict(batch_size=4, iterations=4, crop=64))
+QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_options=dict(batch_size=4, epochs=1, crop=64))
 
 
 @pytest.fixture(scope='module')
@@ -101,12 +101,12 @@ def test_parameters_are_checked(wrong, words):
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(methods=['sam']), "no method 'sam'"), (dict(backbone='resnet5000'), 'resnet5000'), (dict(batch_size=17), 'batch_size is 17'),
+    (dict(methods=['sam']), "no method 'sam'"), (dict(backbone='resnet5000'), 'resnet5000'),
     (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
     (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid'),
     (dict(optimizer='adam'), "no 'adam'"), (dict(seg_options={'optimizer': 'sgd'}), "no 'sgd'"),
     (dict(refine='sam'), 'none, crf, psa, irn'), (dict(refine='psa', preset='irn'), "preset is 'irn'"), (dict(refine='irn', refine_options={'beat': 8}), 'beta'),
-    (dict(segmenter='unet'), "'unet'"), (dict(recipe='deeplab'), 'ssc'), (dict(seg_options={'learning_rate': 1}), 'lr'), (dict(seg_options={'batch_size': 17}), 'batch_size is 17'),
+    (dict(segmenter='unet'), "'unet'"), (dict(recipe='deeplab'), 'ssc'), (dict(seg_options={'learning_rate': 1}), 'lr'),
     (dict(seg_backbone='resnet5000'), 'resnet5000'), (dict(refine='psa', refine_backbone='resnet18', refine_weights='nowhere.pt'), 'nowhere.pt is missing')])
 def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
     monkeypatch.setattr(stages, 'fit', None)

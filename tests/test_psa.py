@@ -41,7 +41,7 @@ def test_labels_are_the_literal_ones(P, H, W, low, high, seed):
     lo, hi = (best(literal_behind(scores, 'power', a), [0, *present]) for a in (low, high))
     want = np.where(hi == 0, 0, np.where(lo == 0, 255, lo)) if P else np.zeros((H, W))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(psa, 'crf_scores', lambda image, scores, pairwise: scores)
+        m.setattr('ppc.crf.crf_scores', lambda image, scores, pairwise: scores)
         m.setattr(psa, 'crf', lambda image, labels, classes, pairwise: labels if classes == 7 else None)
         for unary in ('soft', 'hard'):
             got = affinity_labels(image, scores, present, 7, Psa(unary=unary, low=low, high=high))

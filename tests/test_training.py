@@ -89,7 +89,8 @@ def test_batches_are_a_permutation_each_epoch():
 
 
 def test_too_large_a_batch_is_told():
-    with pytest.raises(ValueError, match='batch_size is 32'): Batches(16, 32, 1)
+    assert [len(b) for b in Batches(16, 32, 2)] == [16, 16]
+    with pytest.raises(ValueError, match='no images'): Batches(0, 32, 1)
 
 
 @pytest.mark.parametrize('spoil, words', [
