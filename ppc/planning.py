@@ -78,13 +78,13 @@ def _first(data, n):  # a `TagFolder` of n images
     few.ids, few.tags = data.ids[:n], data.tags[:n]
     return few
 
-# %% ../nbs/41_planning.ipynb #0d0b05ed
+# %% ../nbs/41_planning.ipynb #5d2baa7c
 def dry_run(
     methods,      # of the run
     steps=10,     # of each training
     **parameters, # of the run
 ):                # sentences about what is missing, and a table of the stages (None where the lists are missing)
-    "What a run would do here: stages, images, steps, hours and megabytes. Raises `ValueError` for parameters that cannot be."
+    "What a run would do here: stages, images, steps, seconds and megabytes. Raises `ValueError` for parameters that cannot be."
     lacks, (s, c, seeds, r, g) = missing(methods, **parameters), settings(**parameters).values()
     with tempfile.TemporaryDirectory() as folder:
         root = s.data or generate(Path(folder), s)[0]
@@ -95,13 +95,13 @@ def dry_run(
         all_stages(q, methods)
         return lacks, pd.DataFrame([row | _cost(next(q.out.glob(row['stage'])), row, len(q.lists[row['list']])) for row in rows])
 
-def _cost(folder, row, images):  # of a stage in a shortened run -> hours, memory of the whole
+def _cost(folder, row, images):  # of a stage in a shortened run -> seconds and memory of the whole
     took = read_json(folder/'metrics.json')
     if 'steps' not in row: seconds = took['seconds']/images*row['images']
     else:
         ends = [step['step']*row['batch']/step['images_per_s'] for step in read_log(folder/'log.jsonl')]
         seconds = (ends[-1] - ends[0])/(len(ends) - 1)*row['steps'] if len(ends) > 1 else ends[0]*row['steps']
-    return {'hours': seconds/3600, 'memory MB': took['peak_memory_mb']}
+    return {'seconds': seconds, 'memory MB': took['peak_memory_mb']}
 
 def _without_weights(p):  # networks that begin at random, where nothing is learned yet
     return p._replace(c=replace(p.c, weights=''), r=replace(p.r, refine_weights=''), g=replace(p.g, seg_weights=''))
