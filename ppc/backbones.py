@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tiny', 'freeze_batchnorm', 'ResNet38', 'mxnet_to_resnet38', 'released', 'load_released', 'resnet38_state', 'ResNet',
-           'published', 'Timm', 'parameter_groups']
+           'published', 'Timm', 'beginning', 'parameter_groups']
 
 # %% ../nbs/10_backbones.ipynb #97b79fb7
 import re
@@ -252,6 +252,16 @@ def _create(name, output_stride):
 def _from_hub(net, name):
     try: timm.models.load_pretrained(net)
     except Exception as e: raise _unreachable(name, e) from e
+
+# %% ../nbs/10_backbones.ipynb #93a7cf7c
+def beginning(
+    name,    # of a network
+    weights, # as for that network
+) -> str:    # such as 'ImageNet-1k (IMAGENET1K_V1)'
+    "In words, how a network begins."
+    if not weights: return 'random'
+    if name in ('resnet50', 'resnet101') and (entry := published(name, weights)): return f'ImageNet-1k ({entry.name})'
+    return f'timm {timm.get_pretrained_cfg(name).tag}' if weights == 'hub' else Path(weights).name
 
 # %% ../nbs/10_backbones.ipynb #8dc375d9
 def parameter_groups(

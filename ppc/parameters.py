@@ -22,13 +22,13 @@ class Shared:
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_parameters.ipynb #ee5ebc89
+# %% ../nbs/37_parameters.ipynb #8530d775
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
     train_split: str = 'train'      # images to learn from
     backbone: str = 'tiny'          # 'tiny', 'resnet38' (the paper's), 'resnet50' or 'resnet101' (torchvision's), or any of timm by name
-    weights: str = ''               # 'hub' (not for tiny), a local file, or '' for random ones; tiny then learns close-ups first
+    weights: str = ''               # 'hub' (not for tiny and resnet38), 'IMAGENET1K_V1' (a resnet's first), a local file, or '' for random ones; tiny then learns close-ups first
     output_stride: int = 8          # of the backbone: 8 or 16; tiny and resnet38 have 8
     dropout: float = 0.0            # on the last features, before both heads; the authors': 0.5
     pretrain_epochs: int = 1        # of the tiny backbone on close-ups

@@ -9,7 +9,7 @@ __all__ = ['KNOWN', 'stage', 'peak_memory', 'write_json', 'read_json', 'make_bac
            'make_walked_masks', 'segmentation_recipe', 'make_segmenter', 'train_segmenter', 'load_segmenter', 'segment',
            'pack']
 
-# %% ../nbs/38_stages.ipynb #10f1f190
+# %% ../nbs/38_stages.ipynb #1dc6492d
 import json, resource, shutil, time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from .data import DataError, TagFolder, TrainingViews, atomic, augmentation, read_mask
 from .metrics import ThresholdCurve, confusion, iou, miou
-from .backbones import ResNet, ResNet38, Timm, Tiny, load_weights, parameter_groups, read_weights
+from .weights import load_state, load_weights, read_weights
+from .backbones import ResNet, ResNet38, Timm, Tiny, parameter_groups
 from .cam import CamNet, class_loss
 from .views import draw_transformation, paired_views, resize
 from .seam import PCM, seam_losses
@@ -69,7 +70,7 @@ def read_json(path):  # raises `DataError` when it is damaged
     try: return json.loads(Path(path).read_text())
     except ValueError as e: raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
 
-# %% ../nbs/38_stages.ipynb #56ab02c9
+# %% ../nbs/38_stages.ipynb #b4fd1f39
 def make_backbone(
     c,               # `CamTraining`: network, weights, stride
     name='',         # another network than c's,
@@ -84,7 +85,7 @@ def make_backbone(
     elif name in ('resnet50', 'resnet101'): backbone = ResNet(name, c.output_stride, weights or None)
     else: backbone = Timm(name, c.output_stride, weights or None)
     pretrained = pretrained or (name == 'tiny' and weights)
-    if pretrained: backbone.load_state_dict({k[9:]: v for k, v in read_weights(pretrained).items() if k.startswith('backbone.')})
+    if pretrained: load_state(backbone, {k[9:]: v for k, v in read_weights(pretrained).items() if k.startswith('backbone.')}, pretrained)
     return backbone
 
 def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM for SEAM
