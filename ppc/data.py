@@ -54,7 +54,7 @@ def read_lines(
     except (OSError, UnicodeDecodeError) as e: return wrong(f'{path} cannot be read as UTF-8 text ({e}): save it again as UTF-8.') or []
     return [line.strip() for line in text.splitlines()] or ['']
 
-# %% ../nbs/00_data.ipynb #bb314f1f
+# %% ../nbs/00_data.ipynb #74b7ce1e
 def read_classes(
     root,         # dataset folder
     wrong=refuse, # told of each problem
@@ -63,7 +63,7 @@ def read_classes(
     path = Path(root)/'classes.txt'
     lines = read_lines(path, 'one class name per line, background first', wrong)
     counts = Counter(n for n in lines if n)
-    if lines and not 2 <= len(counts) <= 255: wrong(f'{path} names {len(counts)} classes: it needs background and at least one more; 255, unknown, is the end of them.')
+    if lines and not 2 <= len(counts) <= 255: wrong(f'{path} names {len(counts)} classes: it needs background and at least one more, 255 at most.')
     for n, k in counts.items():
         if k > 1: wrong(f'{path} names {n!r} more than once: each name may stand there once.')
         if len(n.split()) > 1: wrong(f'{path} has a space in the class {n!r}: write {"_".join(n.split())!r}, for spaces part the tags in tags.csv.')
@@ -81,10 +81,10 @@ def read_rows(
     try: return [(rows.line_num, [c.strip() for c in row]) for row in rows if any(c.strip() for c in row)]
     except csv.Error as e: return wrong(f'{path} line {rows.line_num} cannot be read as CSV ({e}): save the spreadsheet again.') or []
 
-# %% ../nbs/00_data.ipynb #564b4efb
+# %% ../nbs/00_data.ipynb #49c4c308
 def read_tags(
     root,         # dataset folder
-    classes,      # names, background first
+    classes,      # names, background first; without any, tags are not looked up
     wrong=refuse, # told of each problem
 ) -> dict:        # id -> (C,) float {0,1}, foreground classes only
     "The rows `image,tags` of `tags.csv`; tags are separated by spaces, a file ending in the first column is ignored."
@@ -94,14 +94,14 @@ def read_tags(
     for n, cells in rows[1:]: _add_row(tags, f'{path} line {n}', cells, index, wrong)
     return tags
 
-# %% ../nbs/00_data.ipynb #6bfede0f
+# %% ../nbs/00_data.ipynb #015ed088
 def _add_row(tags, where, cells, index, wrong):
     if len(cells) != 2: return wrong(f'{where} has {len(cells)} columns: it should read "image,tag tag".')
     name, words = image_id(cells[0], where, wrong), cells[1].split()
     if name is None: return
     if name in tags: wrong(f'{where} repeats image {name!r}: join its tags in one row.')
     for w in words:
-        if w not in index: wrong(f'{where} has the tag {w!r}, which is not in classes.txt ({" ".join(index)}; its first line is the background).')
+        if index and w not in index: wrong(f'{where} has the tag {w!r}, which is not in classes.txt ({" ".join(index)}; its first line is the background).')
     tags[name] = torch.tensor([float(c in words) for c in index])
 
 ENDINGS = ('.jpg', '.jpeg', '.png')
@@ -173,12 +173,13 @@ def match_rows(root, tags, files, wrong=refuse):
     for i in tags:
         if i not in files: wrong(f'{Path(root)/"tags.csv"} has a row for {i!r}, but {Path(root)/"JPEGImages"/i}.jpg is missing.')
 
-# %% ../nbs/00_data.ipynb #3503ae4a
+# %% ../nbs/00_data.ipynb #7db34643
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # whatever the ending says
 
 def _upright(path, formats=FORMATS):
     with Image.open(path, formats=formats) as im:
-        if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'{im.width}x{im.height} are more than {Image.MAX_IMAGE_PIXELS} pixels')
+        if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f'{im.width}x{im.height} are more than {Image.MAX_IMAGE_PIXELS} pixels')
         im.load()
         ImageOps.exif_transpose(im, in_place=True)
         return im
@@ -241,7 +242,7 @@ def write_mask(
     im.putpalette(voc_palette().tobytes())
     with atomic(path) as part: im.save(part)
 
-# %% ../nbs/00_data.ipynb #5f86fc5b
+# %% ../nbs/00_data.ipynb #99761037
 def check(
     folder,         # `TagFolder`
     masks=False,    # also open the masks
@@ -260,7 +261,7 @@ def file_problems(
     image,    # path
     mask,     # path or None
     saliency, # path or None
-    classes,  # names, background first; [] where they are not known
+    classes,  # names, background first; fewer than two where they are not known
 ) -> list:    # sentences
     "Open the files of one image, to the last pixel."
     found, read = [], {}
@@ -272,7 +273,7 @@ def file_problems(
     if im and values.shape[::-1] != im.size:
         found.append(f'{mask} is {values.shape[1]}x{values.shape[0]} but its image is {im.width}x{im.height}: they must agree.')
     wrong = values[(values >= len(classes)) & (values != 255)]
-    if classes and wrong.size: found.append(f'{mask} has the value {wrong[0]}: classes.txt allows 0..{len(classes)-1}, and 255.')
+    if len(classes) > 1 and wrong.size: found.append(f'{mask} has the value {wrong[0]}: classes.txt allows 0..{len(classes)-1}, and 255.')
     return found
 
 # %% ../nbs/00_data.ipynb #7dcc92c8
