@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['YES', 'NO', 'link', 'write_folder', 'photographs', 'read_spreadsheet', 'make_folder', 'report', 'unpack']
 
-# %% ../nbs/04_folders.ipynb #0332d033
+# %% ../nbs/04_folders.ipynb #66a91029
 import csv, hashlib, os, posixpath, re, shutil, stat, tarfile, unicodedata, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pandas as pd
 import torch
 from tqdm import tqdm
-from .data import ENDINGS, DataError, atomic, file_problems, image_files, image_id, match_rows, match_split, read_classes, read_rows, read_tags, split_ids
+from .data import (
+    ENDINGS, DataError, atomic, check_classes, file_problems, image_files, image_id, match_rows, match_split, read_classes, read_rows, read_tags, split_ids)
 
 # %% ../nbs/04_folders.ipynb #736ac7f0
 def link(
@@ -36,7 +37,7 @@ def _link_all(folder, wanted): # name -> file
         if old.is_symlink() and old.name not in wanted: old.unlink()
     for name, path in tqdm(wanted.items(), desc=folder.name): link(path, folder/name)
 
-# %% ../nbs/04_folders.ipynb #f5787105
+# %% ../nbs/04_folders.ipynb #0e757f9a
 def write_folder(
     root,        # dataset folder to make, or to make again
     files,       # id -> path of its photograph
@@ -50,8 +51,7 @@ def write_folder(
     for i, path in files.items():
         if image_id(i, path) != i or i != i.strip() or i[:1] in ('', '.') or not i.isprintable():
             raise DataError(f'{i!r} cannot be the name of an image: rename {str(path)!r}.')
-    for c in classes:
-        if len(c.split()) != 1: raise DataError(f'The class {c!r} has a space in its name: write {"_".join(c.split())!r}.')
+    check_classes(classes, root/'classes.txt')
     _link_all(root/'JPEGImages', {f'{i}{Path(path).suffix.lower()}': path for i, path in files.items()})
     if masks: _link_all(root/'SegmentationClass', {f'{i}.png': path for i, path in masks.items()})
     with atomic(root/'classes.txt') as part: part.write_text('\n'.join(classes) + '\n', encoding='utf-8')
@@ -78,7 +78,7 @@ def photographs(
         found[i] = where
     return found
 
-# %% ../nbs/04_folders.ipynb #4c90df68
+# %% ../nbs/04_folders.ipynb #035c5ae0
 YES, NO = {'1', '1.0', 'x', 'true', 'yes', 'y'}, {'', '0', '0.0', '-1', 'false', 'no', 'n'}
 
 def read_spreadsheet(
@@ -87,7 +87,8 @@ def read_spreadsheet(
 ) -> dict: # id -> set of tags
     "The tags of each image that has a row. Raises `DataError` with the line."
     rows, names, told = read_rows(Path(path), 'a header, then an image and its tags in each row'), _names(found), {}
-    header = [*filter(None, rows[0][1])] if rows else []
+    header = rows[0][1] if rows else []
+    while header and not header[-1]: header.pop()   # as spreadsheets do that were once wider
     if len(header) < 2 or _key(header[0]) in names: raise DataError(f'{path} line 1 should be a header such as "image,tags", or "image" and the classes.')
     cells = {c.lower() for _, row in rows[1:] for c in row[1:]}
     marks = len(header) > 2 or cells <= YES | NO and any(cells)

@@ -199,6 +199,7 @@ SHEETS = {
     'the tag background': 'image,tags\na.jpg,cat dog\nb c.JPG,dog background\nd.png,background\nsub/e.jpeg,cat\n',
     'columns of 0 and 1': 'image,cat,dog\na.jpg,1,1\nb c.JPG,0,1\nd.png,0,0\nsub/e.jpeg,1,0\n',
     'columns of x': 'image;dog;cat;;\r\na.jpg;x;X\r\nb c.JPG;x\r\nd.png\r\ne;;x;;;\r\n',
+    'a gap between the columns': 'image,cat,,dog\na.jpg,1,,1\nb c.JPG,0,,1\nd.png,0\nsub/e.jpeg,1\n',
     'columns of words': 'image,cat,dog\na.jpg,TRUE,yes\nb c.JPG,False,True\nd.png,no,\nsub/e.jpeg,Y,n\n',
     'columns of numbers': 'image,cat,dog\na.jpg,1.0,1.0\nb c.JPG,-1,1\nd.png,0.0,-1\nsub/e.jpeg,1,0\n'}
 
@@ -256,6 +257,7 @@ BAD = {
     'an absolute path': ('image,tags\n/etc/passwd,cat\n', 'line 2', "'/etc/passwd'", 'below'),
     'a drive': ('image,tags\nC:\\a.jpg,cat\n', 'line 2', 'below'),
     'a mark that is none': ('image,cat,dog\na.jpg,1,2\n', 'line 2', "'2'", "'dog'"),
+    'a column without a name': ('image,cat,,dog\na.jpg,1,x,1\n', 'line 2', "'x'"),
     'a mark without a class': ('image,cat,dog\na.jpg,1,0,x\n', 'line 2', "'x'"),
     'not UTF-8': ('image,tags\na.jpg,büffel\n'.encode('latin1'), 'UTF-8'),
     'a cell without end': ('image,tags\n' + 'a'*200_000 + ',cat\n', 'line 2', 'CSV')}
@@ -293,7 +295,7 @@ def test_accents_of_a_mac(pictures):
     assert [*made(pictures, 'image,tags\nbüffel.jpg,cat\n')[0].values()] == [{'cat'}]
 
 
-@pytest.mark.parametrize('name', ['x\ny.jpg', ' x.jpg', 'x.jpg.jpg', 'C:x.jpg'])
+@pytest.mark.parametrize('name', ['x\ny.jpg', ' x.jpg', 'x.jpg.jpg', 'x\\y.jpg'])
 def test_names_that_can_be_no_id(pictures, name):
     photo(pictures/name)
     fails(lambda: write_folder(pictures.parent/'out', {name[:-4]: pictures/name}, {name[:-4]: []}, ['background', 'cat']), repr(name[:-4])[1:-1])
@@ -358,13 +360,12 @@ def test_nothing_of_the_users_is_lost(pictures):
 
 @settings(max_examples=40)
 @given(st.dictionaries(st.text('abc é.-,;"\'', min_size=1, max_size=5).filter(lambda s: s == s.strip() and s[0] != '.' and s != '..'),
-                       st.sets(st.sampled_from(['cat', 'dog', 'Übermut'])), min_size=1, max_size=5), st.sampled_from(',;'))
+                       st.sets(st.sampled_from(['cat', 'dog', 'Übermut'])), min_size=1, max_size=5).filter(lambda want: any(want.values())), st.sampled_from(',;'))
 def test_any_names_and_tags(tmp_path_factory, want, delimiter):
     "What a spreadsheet program writes, by pandas, in both forms and with either separator, comes out as it went in."
     box = tmp_path_factory.mktemp('any')
     for k, name in enumerate(want): photo(box/'p'/f'{name}.jpg', k)
     words = sorted(set().union(*want.values()))
-    if not words: return fails(lambda: make_folder(box/'out', box/'p', pd.DataFrame({'image': [*want], 'tags': ''}).to_csv(box/'n.csv', index=False) or box/'n.csv'), 'no tag')
     pd.DataFrame({'image': [f'{i}.jpg' for i in want], 'tags': [' '.join(w) for w in want.values()]}).to_csv(box/'narrow.csv', sep=delimiter, index=False, encoding='utf-8-sig')
     pd.DataFrame({'image': [*want], **{c: [c in w for w in want.values()] for c in words}}).to_csv(box/'wide.csv', sep=delimiter, index=False, lineterminator='\r\n')
     for sheet in ('narrow', 'wide'):
