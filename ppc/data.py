@@ -92,7 +92,7 @@ def read_rows(
     try: return [(rows.line_num, [c.strip() for c in row]) for row in rows if any(c.strip() for c in row)]
     except csv.Error as e: return wrong(f'{path} line {rows.line_num} cannot be read as CSV ({e}): save the spreadsheet again.') or []
 
-# %% ../nbs/00_data.ipynb #49c4c308
+# %% ../nbs/00_data.ipynb #cafa6866
 def read_tags(
     root,         # dataset folder
     classes,      # names, background first; without any, tags are not looked up
@@ -102,10 +102,11 @@ def read_tags(
     path, index, tags = Path(root)/'tags.csv', {c: i for i, c in enumerate(classes[1:])}, {}
     rows = read_rows(path, 'a row "image,tags" for each image', wrong)
     if path.is_file() and [cells for _, cells in rows[:1]] != [['image', 'tags']]: wrong(f'{path} line 1 should read "image,tags".')
+    elif len(rows) == 1: wrong(f'{path} has no row but the first: add one for each image.')
     for n, cells in rows[1:]: _add_row(tags, f'{path} line {n}', cells, index, wrong)
     return tags
 
-# %% ../nbs/00_data.ipynb #5908a4bd
+# %% ../nbs/00_data.ipynb #0f9cfda3
 def _add_row(tags, where, cells, index, wrong):
     if len(cells) != 2: return wrong(f'{where} has {len(cells)} columns: it should read "image,tag tag".')
     name, words = image_id(cells[0], where, wrong), cells[1].split()
@@ -122,7 +123,7 @@ def image_id(
     name,         # id of an image, or the name of its file
     where,        # it stands
     wrong=refuse, # told of a name that is none
-) -> str:          # None for those
+) -> str:         # None for those
     "The name without its ending."
     if {*name} & {*'/\\'} or not name.strip('.'): return wrong(f'{where} has {name!r}: an image goes by the name of its file in JPEGImages, without any folder.')
     stem, ending = os.path.splitext(name)

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from .data import (
     ENDINGS, DataError, atomic, check_classes, file_problems, image_files, image_id, match_rows, match_split, read_classes, read_rows, read_tags, split_ids)
 
-# %% ../nbs/04_folders.ipynb #736ac7f0
+# %% ../nbs/04_folders.ipynb #f8035cef
 def link(
     source, # file that exists
     target, # where it shall also be found
 ):
     "A symbolic link, in one step. Raises `DataError` where the source is missing or something else is at the target."
     source, target = Path(source).resolve(), Path(target)
-    if not source.is_file(): raise DataError(f'{source} is missing.')
+    if not source.is_file(): raise DataError(f'{source} is missing: it should be linked as {target}.')
     if target.exists():
         if target.resolve() == source: return
         raise DataError(f'{target} is there already: delete it, or choose another folder.')
@@ -104,7 +104,7 @@ def _marked(row, header, where):
             raise DataError(f'{where} has {c!r} in the column {name!r}: write x or 1 where the class is in the image; or have two columns, image and tags.')
     return {'_'.join(name.split()) for c, name in pairs if c.lower() in YES}
 
-# %% ../nbs/04_folders.ipynb #f5e488ce
+# %% ../nbs/04_folders.ipynb #a981cc84
 def _key(name):
     path = PurePosixPath(unicodedata.normalize('NFC', str(name).replace('\\', '/')))
     return str(path.with_suffix('') if path.suffix.lower() in ENDINGS else path)
@@ -115,7 +115,7 @@ def _names(found):
     for i, places in found.items():
         for p in places:
             names.setdefault(_key(p.name), set()).add(i)
-            paths[_key(p)] = {i}
+            paths.setdefault(_key(p), set()).add(i)
     return names | paths
 
 def _which(name, names, where):

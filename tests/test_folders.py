@@ -358,6 +358,19 @@ def test_nothing_of_the_users_is_lost(pictures):
     fails(lambda: make_folder(out, pictures, out/'list.csv'), 'JPEGImages/a.jpg', 'there already')
 
 
+def test_images_that_are_a_link_to_a_folder(pictures):
+    "Then it is the user's own folder: nothing is taken away from it."
+    out = pictures.parent/'out'
+    out.mkdir()
+    (out/'JPEGImages').symlink_to(pictures)
+    (pictures/'z.jpg').symlink_to(pictures/'a.jpg')
+    (pictures/'list.csv').write_text('image,tags\na,cat\nz,dog\nd,cat\n')
+    make_folder(out, pictures, pictures/'list.csv')
+    (pictures/'list.csv').write_text('image,tags\na,cat\nd,dog\n')
+    make_folder(out, pictures, pictures/'list.csv')
+    assert (pictures/'z.jpg').is_symlink()
+
+
 @settings(max_examples=40)
 @given(st.dictionaries(st.text('abc é.-,;"\'', min_size=1, max_size=5).filter(lambda s: s == s.strip() and s[0] != '.' and s != '..'),
                        st.sets(st.sampled_from(['cat', 'dog', 'Übermut'])), min_size=1, max_size=5).filter(lambda want: any(want.values())), st.sampled_from(',;'))
@@ -395,6 +408,7 @@ DAMAGE = {   # what is done -> file and words of the one sentence about it
     'no classes': (lambda r: (r/'classes.txt').unlink(), 'classes.txt', 'missing'),
     'a class twice': (lambda r: spoil(r, 'classes.txt', 'cat\n', 'cat\ncat\n'), 'classes.txt', "'cat' more than once"),
     'no tags': (lambda r: (r/'tags.csv').unlink(), 'tags.csv', 'missing'),
+    'no rows': (lambda r: spoil(r, 'tags.csv', None, 'image,tags\n'), 'tags.csv', 'no row'),
     'a bad row': (lambda r: spoil(r, 'tags.csv', 'image,tags\n', 'image,tags\na,b,c\n'), 'tags.csv line', '3 columns'),
     'an unknown tag': (lambda r: spoil(r, 'tags.csv', 'train00003,', 'train00003,unicorn '), 'tags.csv line', 'unicorn'),
     'a row twice': (lambda r: spoil(r, 'tags.csv', 'train00003,', 'train00003,cat\ntrain00003,'), 'tags.csv line', "repeats image 'train00003'"),
@@ -416,7 +430,7 @@ DAMAGE = {   # what is done -> file and words of the one sentence about it
     'a mask that is a broken link': (lambda r: [(p := r/'SegmentationClass'/'train00001.png').unlink(), p.symlink_to('nowhere')], 'train00001.png', 'cannot be read'),
     'saliency that is no image': (lambda r: (r/'Saliency'/'train00001.png').write_bytes(b''), 'Saliency', 'train00001.png', 'cannot be read'),
     'a class that nobody has': (lambda r: spoil(r, 'classes.txt', 'cat\n', 'cat\ngriffin\n'), 'classes.txt', "'griffin'", 'no image'),
-    'no images': (lambda r: (shutil.rmtree(r/'JPEGImages'), spoil(r, 'tags.csv', None, 'image,tags\n'), shutil.rmtree(r/'ImageSets')), 'JPEGImages', 'missing')}
+    'no images': (lambda r: (shutil.rmtree(r/'JPEGImages'), (r/'tags.csv').unlink(), shutil.rmtree(r/'ImageSets')), 'JPEGImages is missing')}
 
 
 @pytest.mark.parametrize('name', DAMAGE)
@@ -425,13 +439,13 @@ def test_report_tells_each_problem_once(mine, name):
     damage(mine)
     problems = report(mine)[1]
     told = [p for p in problems if all(w in p for w in words)]
-    assert len(told) == 1 and len(problems) == 1 + (name == 'no images'), problems   # then the one list is empty as well
+    assert len(told) == 1 and len(problems) == 1 + 2*(name == 'no images'), problems   # then there are no tags, and the one list is empty
     assert str(mine) in told[0]
 
 
 def test_report_tells_all_problems_at_once(mine):
     "Damage that does not touch the same files adds up."
-    together = [n for n in DAMAGE if n not in ('no classes', 'no tags', 'no list', 'no images', 'a mask of other classes', 'a mask in colour', 'a mask that is a broken link',
+    together = [n for n in DAMAGE if n not in ('no classes', 'no tags', 'no rows', 'no list', 'no images', 'a mask of other classes', 'a mask in colour', 'a mask that is a broken link',
                                                'a mask of another size', 'an image in no list', 'a class twice', 'a row twice')]
     for n in together: DAMAGE[n][0](mine)
     problems = report(mine)[1]
