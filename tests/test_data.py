@@ -1,11 +1,17 @@
-"Bad input gets a sentence that names the file."
+"Bad input gets a sentence that names the file; odd input is read right."
+import importlib.util
+import io
+import resource
+import struct
+import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
-from ppc.data import DataError, TagFolder, TrainingViews, augmentation, check, read_mask, write_mask
+from ppc.data import DataError, TagFolder, TrainingViews, augmentation, check, read_classes, read_image, read_mask, read_saliency, write_mask
 from ppc.training import Batches
 
 
@@ -202,3 +208,262 @@ def test_saliency_and_mask_leave_the_image_as_it_is(scenes):
     batch = next(iter(DataLoader(along, batch_sampler=Batches(16, 4, 1), num_workers=1)))
     assert batch['saliency'].shape == (4, 1, 112, 112) and type(batch['saliency']) is torch.Tensor
     assert ((batch['saliency'] > .5) == (batch['mask'] % 255 > 0)[:, None]).float().mean() > .9
+
+
+# Photographs as people have them. Colours are compared with what was painted, within what JPEG loses.
+
+RED, SKY = (200, 30, 20), (90, 160, 230)
+
+
+def painted(size=(48, 32)):
+    "Red on the left, sky on the right, a light stripe at the top: it shows when it is turned, mirrored or inverted."
+    x = np.zeros((size[1], size[0], 3), np.uint8)
+    x[:, :24], x[:, 24:], x[:8] = RED, SKY, 240
+    return Image.fromarray(x)
+
+
+def reads(path, want, within=0):
+    got = read_image(path)
+    assert got.mode == 'RGB' and got.size == want.size
+    assert np.abs(np.asarray(got, int) - np.asarray(want, int)).max() <= within
+
+
+def cmyk(im):
+    "By hand: what is missing to white, in each colour, and no black."
+    return Image.merge('CMYK', [Image.fromarray(255 - np.asarray(im)[..., k]) for k in range(3)] + [Image.new('L', im.size, 0)])
+
+
+def test_cmyk(tmp_path):
+    "Stored inverted, as Adobe does and everybody after it; also where a tool took away the segment that says so. Seen by OpenCV as well."
+    path = tmp_path/'print.jpg'
+    cmyk(painted()).save(path, quality=100, subsampling=0)
+    reads(path, painted(), 6)
+    if importlib.util.find_spec('cv2'):
+        import cv2
+        reads(path, Image.fromarray(cv2.imread(str(path))[..., ::-1]), 2)
+    data = path.read_bytes()
+    at = data.index(b'\xff\xee\x00\x0eAdobe')
+    path.write_bytes(data[:at] + data[at + 16:])
+    reads(path, painted(), 6)
+
+
+def test_grey_and_palette(tmp_path):
+    for mode in ('L', '1'):
+        im = painted().convert(mode)
+        im.save(tmp_path/'grey.png')
+        reads(tmp_path/'grey.png', im.convert('RGB'))
+    painted().convert('L').save(tmp_path/'grey.jpg', quality=100)
+    reads(tmp_path/'grey.jpg', painted().convert('L').convert('RGB'), 3)
+    painted().quantize(3).save(tmp_path/'palette.png')
+    reads(tmp_path/'palette.png', painted(), 2)
+
+
+def test_transparent_is_white(tmp_path):
+    "In all the ways that PNG knows: a channel, a colour of the palette, a grey or a colour that means nothing."
+    hole = np.zeros((32, 48), bool)
+    hole[20:, 10:40] = True
+    want = np.where(hole[..., None], 255, np.asarray(painted()))
+    alpha = Image.fromarray(np.where(hole, 0, 255).astype(np.uint8))
+    Image.merge('RGBA', [*painted().split(), alpha]).save(tmp_path/'rgba.png')
+    reads(tmp_path/'rgba.png', Image.fromarray(want.astype(np.uint8)))
+    grey = painted().convert('L')
+    Image.merge('LA', [grey, alpha]).save(tmp_path/'la.png')
+    reads(tmp_path/'la.png', Image.fromarray(np.where(hole, 255, np.asarray(grey)).astype(np.uint8)).convert('RGB'))
+    numbers = Image.fromarray(np.where(hole, 3, painted().quantize(3)).astype(np.uint8), mode=None).convert('P')
+    numbers.putpalette(painted().quantize(3).getpalette()[:9] + [1, 2, 3])
+    numbers.save(tmp_path/'p.png', transparency=3)
+    reads(tmp_path/'p.png', Image.fromarray(want.astype(np.uint8)), 2)
+    painted().save(tmp_path/'rgb.png', transparency=RED)
+    reads(tmp_path/'rgb.png', Image.fromarray(np.where((np.asarray(painted()) == RED).all(-1)[..., None], 255, np.asarray(painted())).astype(np.uint8)))
+    half = Image.new('RGBA', (4, 4), (0, 0, 0, 128))
+    half.save(tmp_path/'half.png')
+    reads(tmp_path/'half.png', Image.new('RGB', (4, 4), (127, 127, 127)), 1)
+
+
+def png(path, width, height, depth, colour, rows=b''):
+    "A PNG by hand, as the format is written down: signature, header, data, end."
+    chunk = lambda name, data: struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', width, height, depth, colour, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    return path
+
+
+def test_sixteen_bits(tmp_path):
+    "Scaled, not cut off at 255; grey, colour, and each with transparency."
+    deep = np.linspace(0, 65535, 48*32).reshape(32, 48).round().astype('>u2')
+    want = np.floor(deep/257 + .5).astype(np.uint8)
+    rows = lambda x: b''.join(b'\0' + x[k].astype('>u2').tobytes() for k in range(32))
+    reads(png(tmp_path/'grey.png', 48, 32, 16, 0, rows(deep)), Image.fromarray(want).convert('RGB'))
+    three = np.stack([deep, deep[::-1], deep[:, ::-1]], -1)
+    reads(png(tmp_path/'rgb.png', 48, 32, 16, 2, rows(three)), Image.fromarray(np.stack([want, want[::-1], want[:, ::-1]], -1)), 1)
+    solid = np.full((32, 48, 1), 65535, '>u2')
+    reads(png(tmp_path/'la.png', 48, 32, 16, 4, rows(np.concatenate([deep[..., None], solid], -1))), Image.fromarray(want).convert('RGB'), 1)
+    reads(png(tmp_path/'rgba.png', 48, 32, 16, 6, rows(np.concatenate([three, 0*solid], -1))), Image.new('RGB', (48, 32), 'white'))
+
+
+TURNS = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+
+
+@pytest.mark.parametrize('note', TURNS)
+@pytest.mark.parametrize('ending', ['jpg', 'png'])
+def test_lying_on_its_side(mine, note, ending):
+    "Stored turned or mirrored, with EXIF's note how to put it right: read upright, and its mask has the upright size."
+    exif, stored = Image.Exif(), painted() if TURNS[note] is None else painted().transpose(TURNS[note])
+    exif[0x0112] = note
+    (mine/'JPEGImages'/'train00003.jpg').unlink()
+    path = mine/'JPEGImages'/f'train00003.{ending}'
+    stored.save(path, exif=exif, quality=100, subsampling=0)
+    reads(path, painted(), 4)
+    write_mask(mine/'SegmentationClass'/'train00003.png', np.zeros((32, 48)))
+    check(TagFolder(mine), masks=True)
+    if note > 4:
+        write_mask(mine/'SegmentationClass'/'train00003.png', np.zeros((48, 32)))
+        fails(lambda: check(TagFolder(mine), masks=True), 'train00003.png', '32x48', '48x32')
+
+
+def test_other_formats_behind_the_ending(tmp_path):
+    "A WebP, PNG or GIF that is called .jpg is read. PostScript, for which Pillow would start a program, is not; nor is a text."
+    for fmt in ('PNG', 'WEBP', 'GIF', 'BMP'):
+        painted().save(tmp_path/'a.jpg', fmt, **({'lossless': True} if fmt == 'WEBP' else {}))
+        reads(tmp_path/'a.jpg', painted(), 2)
+    painted().save(tmp_path/'a.jpg', 'MPO', save_all=True, append_images=[painted()], quality=100, subsampling=0)
+    reads(tmp_path/'a.jpg', painted(), 4)
+    for fmt in ('EPS', 'TIFF'):
+        painted().save(tmp_path/'a.jpg', fmt)
+        fails(lambda: read_image(tmp_path/'a.jpg'), 'a.jpg', 'cannot be read as an image')
+    (tmp_path/'a.jpg').write_text('a text')
+    fails(lambda: read_image(tmp_path/'a.jpg'), 'a.jpg', 'cannot be read as an image')
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('read', [read_image, read_mask, read_saliency])
+@pytest.mark.parametrize('size', [(60_000, 60_000), (12_000, 9_000), (2**31 - 1, 2**31 - 1)])
+def test_bombs(tmp_path, read, size):
+    "A small file that claims many pixels, also in the range where Pillow only warns: refused before a byte is decoded."
+    path, before = png(tmp_path/'bomb.png', *size, 8, 0, bytes(10**6)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fails(lambda: read(path), 'bomb.png', 'pixels')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000   # kB; decoding would take 108 MB and more
+
+
+def test_jpeg_bomb(tmp_path):
+    b = io.BytesIO()
+    painted().save(b, 'JPEG')
+    at = b.getvalue().index(b'\xff\xc0') + 5
+    (tmp_path/'bomb.jpg').write_bytes(b.getvalue()[:at] + struct.pack('>2H', 65_000, 65_000) + b.getvalue()[at + 4:])
+    fails(lambda: read_image(tmp_path/'bomb.jpg'), 'bomb.jpg', 'pixels')
+
+
+SAMPLES = {}
+for fmt, im in {'JPEG': painted(), 'PNG': painted().convert('LA'), 'GIF': painted(), 'WEBP': painted()}.items():
+    exif, b = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010e] = 6, 'a note'
+    im.save(b, fmt, exif=exif)
+    SAMPLES[fmt] = b.getvalue()
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning:PIL')
+@given(st.sampled_from(sorted(SAMPLES)), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4), st.one_of(st.none(), st.integers(0, 1000)))
+def test_damaged_files_are_read_or_named(tmp_path_factory, fmt, changes, length):
+    "Whatever bytes change or are missing: a picture, or a `DataError` with the file's name. Nothing else comes out."
+    data = bytearray(SAMPLES[fmt])
+    for at, value in changes: data[at % len(data)] = value
+    path = tmp_path_factory.getbasetemp()/'damaged.png'
+    path.write_bytes(data[:length])
+    for read in (read_image, read_mask, read_saliency):
+        try: read(path)
+        except DataError as e: assert str(path) in str(e)
+
+
+@pytest.mark.parametrize('mode, message', [('RGBA', 'colour'), ('LA', 'colour'), ('CMYK', 'cannot be read')])
+def test_masks_with_channels(mine, mode, message):
+    Image.new(mode, (128, 128)).save(mine/'SegmentationClass'/'train00002.png', 'JPEG' if mode == 'CMYK' else 'PNG')
+    fails(lambda: check(TagFolder(mine), masks=True), 'train00002.png', message)
+
+
+def test_masks_of_other_depths(mine):
+    "Sixteen bits hold class numbers as well as eight, but 256 must not turn into 0; one bit is classes 0 and 1."
+    path, numbers = mine/'SegmentationClass'/'train00002.png', np.tile(np.arange(128)//32, (128, 1))
+    numbers[0, 0] = 255
+    Image.fromarray(numbers.astype(np.uint16)).save(path)
+    assert (read_mask(path) == numbers).all() and read_mask(path).dtype == np.uint8
+    check(TagFolder(mine), masks=True)
+    Image.fromarray((numbers + 256).astype(np.uint16)).save(path)
+    fails(lambda: check(TagFolder(mine), masks=True), 'train00002.png', '511')
+    Image.fromarray(numbers > 1).save(path)
+    assert Image.open(path).mode == '1' and (read_mask(path) == (numbers > 1)).all()
+    Image.fromarray(numbers.astype(np.uint8)).save(path, 'JPEG')
+    fails(lambda: read_mask(path), 'train00002.png', 'cannot be read as a mask')
+
+
+def test_a_folder_and_a_broken_link_among_the_images(mine):
+    (mine/'JPEGImages'/'x.jpg').mkdir()
+    fails(lambda: TagFolder(mine), 'x.jpg', 'folder')
+    (mine/'JPEGImages'/'x.jpg').rmdir()
+    (mine/'JPEGImages'/'x.jpg').symlink_to(mine/'moved away.jpg')
+    fails(lambda: TagFolder(mine), 'x.jpg', 'link')
+
+
+def test_names_with_spaces(mine):
+    "And commas, which a spreadsheet puts in quotation marks."
+    new = lambda name: name.replace('train', 'my photo, no. ')
+    for old in (mine/'JPEGImages').iterdir(): old.rename(old.with_name(new(old.name)))
+    rows = [l.split(',') for l in (mine/'tags.csv').read_text().splitlines()]
+    (mine/'tags.csv').write_text('\n'.join(f'"{new(name)}",{tags}' for name, tags in rows))
+    (mine/'ImageSets'/'train.txt').write_text(new((mine/'ImageSets'/'train.txt').read_text()))
+    folder = TagFolder(mine)
+    assert folder.ids[3] == 'my photo, no. 00003' and folder.tags.sum() > 0
+    check(folder)
+
+
+@pytest.mark.parametrize('name', ['../secret', '../secret.jpg', '../../mine/JPEGImages/train00000.jpg', '/etc/passwd', '..\\secret', 'C:\\secret.jpg', 'sub/train00000', '.'])
+def test_names_that_lead_out(mine, name):
+    "Even to a file that is there, even back to one of our own."
+    Image.new('RGB', (8, 8)).save(mine.parent/'secret.jpg')
+    Image.new('RGB', (8, 8)).save(mine/'secret.jpg')
+    good = (mine/'tags.csv').read_text()
+    edit(mine/'tags.csv', 'image,tags\n', f'image,tags\n{name},cat\n')
+    fails(lambda: TagFolder(mine), 'tags.csv line 2', repr(name))
+    (mine/'tags.csv').write_text(good)
+    (mine/'ImageSets'/'val.txt').write_text(f'val00000\n{name}\n')
+    fails(lambda: TagFolder(mine, 'val'), 'val.txt line 2', repr(name))
+
+
+def test_windows_text_files(mine):
+    "Byte-order mark and line ends in all three; ids with their ending; columns parted by semicolons; rows of nothing but separators."
+    for f in (mine/'classes.txt', mine/'tags.csv', *(mine/'ImageSets').glob('*.txt')):
+        lines = f.read_text().splitlines()
+        if f.suffix == '.csv': lines = [l.replace(',', ';') for l in lines] + [';', '', ' ; ']
+        elif f.parent.name == 'ImageSets': lines = [f'{l}.jpg' if k % 2 else f'{l}.JPG' for k, l in enumerate(lines)] + ['', '']
+        f.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
+    folder = TagFolder(mine)
+    assert len(folder) == 16 and folder.ids[0] == 'train00000' and folder.tags.sum() > 0
+    check(folder, masks=True)
+
+
+def test_id_twice_in_a_list(mine):
+    (mine/'ImageSets'/'val.txt').write_text('val00000\nval00001\nval00000.jpg\n')
+    fails(lambda: TagFolder(mine, 'val'), 'val.txt', "'val00000' 2 times")
+
+
+def test_class_with_a_space(mine):
+    edit(mine/'classes.txt', 'cat\n', 'traffic light\n')
+    fails(lambda: TagFolder(mine), 'classes.txt', "'traffic light'", "'traffic_light'")
+
+
+def test_more_classes_than_a_mask_can_hold(mine):
+    (mine/'classes.txt').write_text('\n'.join(f'c{k}' for k in range(255)))
+    assert len(read_classes(mine)) == 255
+    (mine/'classes.txt').write_text('\n'.join(f'c{k}' for k in range(256)))
+    fails(lambda: read_classes(mine), 'classes.txt', '256')
+
+
+def test_first_class_is_the_background(mine):
+    "Whoever forgets it is told so."
+    edit(mine/'classes.txt', 'background\n', '')
+    fails(lambda: TagFolder(mine), 'tags.csv', "'cat'", 'background')
+
+
+@pytest.mark.parametrize('text', ['image,tags\n"train00000,cat\n', 'image,tags\n' + 'x'*200_000 + ',cat\n', 'image,tags\ntrain00000,cat,dog\n', 'a\0b,tags\n'])
+def test_damaged_spreadsheets(mine, text):
+    (mine/'tags.csv').write_text(text)
+    fails(lambda: TagFolder(mine), 'tags.csv line')
