@@ -1,0 +1,401 @@
+"COCO 2014: a small original of it, made of scenes; masks against painting by hand; and files that lie."
+import json
+import zipfile
+from pathlib import Path
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image, ImageDraw
+from pycocotools import mask as rle
+from ppc import coco as module
+from ppc.coco import coco_classes, make_coco, paint, read_instances
+from ppc.data import DataError, TagFolder, check, read_mask
+from ppc.scenes import scene
+
+pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation')   # pycocotools 2.0.11 with NumPy 2
+
+CATEGORIES = {1: 'person', 17: 'cat', 18: 'dog', 20: 'sheep', 23: 'bear', 24: 'zebra', 47: 'cup', 88: 'teddy bear'}   # with gaps; no person, no cup anywhere
+ANIMALS = [17, 18, 23, 20, 24, 88]   # for cat, fox, bear, rabbit, zebra, panda of the scenes
+
+
+def strips(inside):
+    "Polygons that are boxes of one row each, and follow the pixels of a region."
+    polygons = []
+    for y, row in enumerate(inside):
+        edges = np.flatnonzero(np.diff([0, *row.astype(int), 0]))
+        for l, r in zip(edges[::2].tolist(), edges[1::2].tolist()): polygons.append([l, y, r, y, r, y + 1, l, y + 1])
+    return polygons
+
+
+def runs(inside):
+    "The run-length code of a region, counted pixel by pixel down the columns."
+    counts, last = [0], 0
+    for v in inside.T.ravel().tolist():
+        if v != last: counts.append(0)
+        counts[-1] += 1
+        last = v
+    return {'size': list(inside.shape), 'counts': counts}
+
+
+def _scene_rows(i, seed, tables, truth):
+    "One scene as rows of a json: polygons, codes, and every fifth a crowd; its image."
+    image, mask, _ = scene(np.random.default_rng([14, seed, i]))
+    image, mask, name = image[8:104], mask[8:104], f"COCO_{'train' if seed == 0 else 'val'}2014_{i:012}"
+    want = np.zeros(mask.shape, np.uint8)
+    for k, c in enumerate(c for c in np.unique(mask) if c):
+        crowd, shape = i % 5 == 4 and k == 0, mask == c
+        tables['annotations'].append(dict(id=1000*seed + 10*i + k, image_id=i, category_id=ANIMALS[c-1], iscrowd=int(crowd), area=float(shape.sum()), bbox=[0, 0, 1, 1],
+                                          segmentation=runs(shape) if crowd or i % 3 == 2 else strips(shape)))
+        want[shape] = 255 if crowd else sorted(CATEGORIES).index(ANIMALS[c-1]) + 1
+    tables['images'].append(dict(id=i, file_name=f'{name}.jpg', height=96, width=128, license=1))
+    truth[name] = want
+    return name, image
+
+
+def small_coco(folder, train=16, val=8, packed=False):
+    "COCO 2014 in miniature, of scenes 128x96, with one image more of nothing in each split: the sources for `make_coco`, and the true masks by id."
+    folder, truth = Path(folder), {}
+    for seed, (split, n) in enumerate({'train': train, 'val': val}.items()):
+        tables = dict(info={}, licenses=[], images=[], annotations=[], categories=[dict(id=k, name=v, supercategory='thing') for k, v in reversed(CATEGORIES.items())])
+        (folder/f'{split}2014').mkdir(parents=True)
+        for i in range(n):
+            name, image = _scene_rows(i, seed, tables, truth)
+            Image.fromarray(image).save(folder/f'{split}2014'/f'{name}.jpg', quality=92)
+        tables['images'].insert(0, dict(id=n, file_name=f'COCO_{split}2014_{n:012}.jpg', height=96, width=128))
+        Image.new('RGB', (128, 96), 'gray').save(folder/f'{split}2014'/f'COCO_{split}2014_{n:012}.jpg')
+        (folder/'annotations').mkdir(exist_ok=True)
+        (folder/'annotations'/f'instances_{split}2014.json').write_text(json.dumps(tables))
+    sources = [folder/'train2014', folder/'val2014', folder/'annotations']
+    return ([_zipped(s, folder) for s in sources] if packed else sources), truth
+
+
+def _zipped(source, folder):
+    path = folder/('annotations_trainval2014.zip' if source.name == 'annotations' else f'{source.name}.zip')
+    with zipfile.ZipFile(path, 'w') as z:
+        for f in sorted(source.iterdir()): z.write(f, f'{source.name}/{f.name}')
+    return path
+
+
+def fails(what, *words):
+    with pytest.raises(DataError) as e: what()
+    for w in words: assert w in str(e.value), str(e.value)
+
+
+def files(root): return {p.relative_to(root): p.read_bytes() for p in root.rglob('*') if p.is_file() and 'originals' not in p.parts}
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_small_coco(tmp_path, packed, capsys):
+    sources, truth = small_coco(tmp_path/'original', packed=packed)
+    counts = make_coco(tmp_path/'made', sources)
+    assert counts == dict(classes=8, train=16, val=8, without_tags=2) and capsys.readouterr().out == ''
+    for split, n in (('train', 16), ('val', 8)):
+        folder = TagFolder(tmp_path/'made', split)
+        check(folder, masks=True)
+        assert len(folder) == n and folder.ids == sorted(folder.ids) and folder.has_masks
+        assert folder.classes == ['background', 'person', 'cat', 'dog', 'sheep', 'bear', 'zebra', 'cup', 'teddy_bear']
+        for i, name in enumerate(folder.ids):
+            assert (folder.mask(i) == truth[name]).all()                                     # polygons along pixels and codes: to the last pixel
+            tags = {int(c) for c in folder.tags[i].nonzero() + 1}
+            crowded = tags - {*np.unique(truth[name]).tolist()}
+            assert {*np.unique(truth[name]).tolist()} - {0, 255} <= tags and len(crowded) == (255 in truth[name])   # a crowd is a tag, too
+    assert not TagFolder(tmp_path/'made').tags[:, [0, 6]].any()
+    assert all(p.is_symlink() for p in (tmp_path/'made'/'JPEGImages').iterdir())
+
+
+def test_again_changes_nothing_and_continues(tmp_path):
+    sources, _ = small_coco(tmp_path/'original', 6, 3)
+    make_coco(tmp_path/'made', sources)
+    masks = sorted((tmp_path/'made'/'SegmentationClass').iterdir())
+    before, times = files(tmp_path/'made'), [p.stat().st_mtime_ns for p in masks]
+    masks[0].unlink()
+    (tmp_path/'made'/'tags.csv').unlink()
+    make_coco(tmp_path/'made', sources, workers=1)
+    assert files(tmp_path/'made') == before and [p.stat().st_mtime_ns for p in masks[1:]] == times[1:]
+
+
+def test_a_mask_that_is_there_stays(tmp_path, monkeypatch):
+    sources, _ = small_coco(tmp_path/'original', 2, 1)
+    make_coco(tmp_path/'made', sources)
+    monkeypatch.setattr(module, 'paint', lambda *a: pytest.fail('painted again'))
+    make_coco(tmp_path/'made', sources)
+
+
+def test_nested_and_linked_sources(tmp_path):
+    "Three folders deep, behind a link that goes in circles."
+    _, truth = small_coco(tmp_path/'a'/'b'/'c', 2, 1)
+    (tmp_path/'a'/'b'/'back').symlink_to(tmp_path/'a')
+    (tmp_path/'door').mkdir()
+    (tmp_path/'door'/'coco').symlink_to(tmp_path/'a')
+    make_coco(tmp_path/'made', [tmp_path/'door'])
+    assert all((read_mask(tmp_path/'made'/'SegmentationClass'/f'{i}.png') == m).all() for i, m in truth.items())
+
+
+def test_no_sources_says_what_to_fetch(tmp_path):
+    fails(lambda: make_coco(tmp_path/'made'), 'train2014.zip', 'val2014.zip', 'annotations_trainval2014.zip', 'cocodataset.org')
+    fails(lambda: make_coco(tmp_path/'made', [tmp_path/'nowhere.zip']), 'nowhere.zip', 'missing')
+    assert not (tmp_path/'made').exists()
+
+
+@pytest.mark.parametrize('lost', ['train2014', 'val2014', 'annotations'])
+def test_a_source_is_missing(tmp_path, lost):
+    sources, _ = small_coco(tmp_path/'original', 2, 1)
+    fails(lambda: make_coco(tmp_path/'made', [s for s in sources if s.name != lost]), 'COCO_' if lost[0] in 'tv' else 'instances_train2014.json', 'none of the sources')
+    assert not (tmp_path/'made').exists()
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------------
+
+def by_hand(annotations, number, size):
+    "The rule, literally: at each pixel the crowds' 255, then the objects that cover it, of which the smallest, the latest of equals."
+    boards = []
+    for a in annotations:
+        board = Image.new('1', size[::-1])
+        if isinstance(a['segmentation'], dict):
+            flat = [v for k, n in enumerate(a['segmentation']['counts']) for v in [k % 2]*n]
+            inside = np.array(flat).reshape(size[::-1]).T
+        else:
+            for x0, y0, _, _, x1, y1, _, _ in a['segmentation']: ImageDraw.Draw(board).rectangle([x0, y0, x1 - 1, y1 - 1], fill=1)
+            inside = np.array(board).astype(int)
+        boards.append((a, inside, inside.sum()))
+    mask = np.zeros(size, int)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            here = [(area, -a['id'], number[a['category_id']]) for a, inside, area in boards if inside[y, x] and not a['iscrowd']]
+            crowd = any(inside[y, x] and a['iscrowd'] for a, inside, _ in boards)
+            mask[y, x] = min(here)[2] if here else 255*crowd
+    return mask
+
+
+@st.composite
+def box(draw, h=20, w=24):
+    x, y = draw(st.integers(0, w - 1)), draw(st.integers(0, h - 1))
+    x1, y1 = draw(st.integers(x + 1, w)), draw(st.integers(y + 1, h))
+    return [x, y, x1, y, x1, y1, x, y1]
+
+
+@st.composite
+def drawing(draw):
+    "Up to six annotations of boxes, some in parts, some as codes, some crowds."
+    rows = []
+    for k in range(draw(st.integers(0, 6))):
+        boxes = draw(st.lists(box(), min_size=1, max_size=3))
+        inside = np.zeros((20, 24), int)
+        for x, y, _, _, x1, y1, _, _ in boxes: inside[y:y1, x:x1] = 1
+        rows.append(dict(id=k, image_id=1, category_id=draw(st.sampled_from([1, 5, 90])), iscrowd=int(draw(st.integers(0, 3)) == 0),
+                         segmentation=runs(inside) if draw(st.booleans()) else boxes))
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawing(), st.randoms())
+def test_masks_are_as_painted_by_hand(rows, random):
+    "Exactly, for boxes along the pixels and for codes; in whatever order the file has them."
+    number = {1: 1, 5: 2, 90: 3}
+    shuffled = random.sample(rows, len(rows))
+    assert (paint(shuffled, number, (20, 24)) == by_hand(rows, number, (20, 24))).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(1, 31), st.floats(1, 23)), min_size=3, max_size=3, unique=True))
+def test_slanted_outlines(points):
+    "A triangle is right wherever a pixel's centre is more than a pixel from its outline."
+    (ax, ay), (bx, by), (cx, cy) = points
+    mask = paint([dict(id=1, category_id=1, segmentation=[[v for p in points for v in p]])], {1: 1}, (24, 32))
+    sides = [((ax, ay), (bx, by)), ((bx, by), (cx, cy)), ((cx, cy), (ax, ay))]
+    for y in range(24):
+        for x in range(32):
+            signed, near = [], []
+            for (px, py), (qx, qy) in sides:
+                dx, dy, length = qx - px, qy - py, max(np.hypot(qx - px, qy - py), 1e-9)
+                signed.append((dx*(y + .5 - py) - dy*(x + .5 - px))/length)
+                t = np.clip((dx*(x + .5 - px) + dy*(y + .5 - py))/length**2, 0, 1)
+                near.append(np.hypot(px + t*dx - x - .5, py + t*dy - y - .5))
+            if min(near) > 1: assert mask[y, x] == (min(signed) > 0 or max(signed) < 0)
+
+
+def test_parts_of_two_points_enclose_nothing():
+    thing = dict(id=1, category_id=1, segmentation=[[1, 1, 9, 9], [2, 2, 6, 2, 6, 6, 2, 6], [3, 3]])
+    assert paint([thing], {1: 1}, (12, 12)).sum() == 16
+
+
+def test_equal_sizes_go_to_the_later_id():
+    a, b = (dict(id=i, category_id=i, segmentation=[[x, 0, x + 6, 0, x + 6, 6, x, 6]]) for i, x in ((1, 0), (2, 3)))
+    for rows in ([a, b], [b, a]): assert paint(rows, {1: 1, 2: 2}, (6, 12))[0].tolist() == [1]*3 + [2]*6 + [0]*3
+
+
+def test_crowds_are_below_everything():
+    crowd = dict(id=9, category_id=1, iscrowd=1, segmentation=[[0, 0, 2, 0, 2, 2, 0, 2]])
+    table = dict(id=1, category_id=2, iscrowd=0, segmentation=[[1, 0, 12, 0, 12, 6, 1, 6]])
+    mask = paint([crowd, table], {1: 1, 2: 2}, (6, 12))
+    assert mask[0].tolist() == [255] + [2]*11 and (mask == 255).sum() == 2
+
+
+def test_no_annotations_no_mask(): assert not paint([], {}, (5, 7)).any()
+
+
+# --- files that lie --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def sound(tmp_path):
+    "Tables that can be damaged: change them, then call."
+    tables = dict(images=[dict(id=1, file_name='a.jpg', height=20, width=24)], categories=[dict(id=3, name='cat')],
+                  annotations=[dict(id=5, image_id=1, category_id=3, iscrowd=0, segmentation=[[1, 1, 9, 1, 9, 9]])])
+    def read():
+        (tmp_path/'instances.json').write_text(json.dumps(tables))
+        return read_instances(tmp_path/'instances.json')
+    return tables, read
+
+
+def test_sound_tables(sound):
+    tables, read = sound
+    got = read()
+    assert got['images'] == tables['images'] and [list(p) for p in got['annotations'][0]['segmentation']] == tables['annotations'][0]['segmentation']
+
+
+@pytest.mark.parametrize('content', [b'', b'{"images": [', b'[1, 2]', b'"images"', b'null', b'\xff\xfe{}', b'{"images": {}, "annotations": [], "categories": []}', b'['*100000])
+def test_damaged_json(tmp_path, content):
+    (tmp_path/'instances.json').write_bytes(content)
+    fails(lambda: read_instances(tmp_path/'instances.json'), 'instances.json')
+
+
+def test_missing_json(tmp_path): fails(lambda: read_instances(tmp_path/'instances.json'), 'instances.json')
+
+
+@pytest.mark.parametrize('table, key', [(t, k) for t, keys in module.FIELDS.items() for k in keys])
+def test_a_key_is_missing_or_of_another_kind(sound, table, key):
+    tables, read = sound
+    for value in (None, [1], 'x', 1.5):
+        if isinstance(value, module.FIELDS[table][key]): continue
+        tables[table][0] = {**tables[table][0], key: value}
+        if value is None: del tables[table][0][key]
+        fails(read, 'instances.json', key)
+
+
+@pytest.mark.parametrize('table', module.FIELDS)
+def test_a_table_is_missing_or_holds_no_rows(sound, table):
+    tables, read = sound
+    for value in ([], {}, 3, [7]):
+        tables[table] = value
+        fails(read, 'instances.json', table)
+    del tables[table]
+    fails(read, 'instances.json', table)
+
+
+@pytest.mark.parametrize('table', module.FIELDS)
+def test_the_same_id_twice(sound, table):
+    tables, read = sound
+    tables[table].append(dict(tables[table][0]))
+    fails(read, 'instances.json', table, 'same id')
+
+
+@pytest.mark.parametrize('change, word', [(dict(image_id=2), 'image 2'), (dict(category_id=4), 'category 4')])
+def test_an_annotation_of_nothing(sound, change, word):
+    tables, read = sound
+    tables['annotations'][0].update(change)
+    fails(read, 'instances.json', 'annotation 5', word)
+
+
+OUTLINES = [([], 'three points'), ([[]], 'three points'), ([[1, 1, 9, 9]], 'three points'), ([[1, 1, 9, 1, 9, 9, 2]], 'half a point'), ([[0, 0, 9, 0, 1e9, 9]], 'far outside'),
+            ([[0, 0, 9, 0, float('nan'), 9]], 'far outside'), ([[0, 0, 9, 0, 9, float('-inf')]], 'far outside'), ([['1', 1, 9, 1, 9, 9]], 'segmentation'), (['abcdef'], 'segmentation'),
+            ([5], 'segmentation'), ([[[1, 1], [9, 1], [9, 9]]], 'segmentation'), ([[10**400, 1, 9, 1, 9, 9]], 'segmentation'), ('polygon', 'segmentation'),
+            ({}, 'runs'), ({'size': [20, 24]}, 'runs'), ({'size': [24, 20], 'counts': [480]}, 'runs'), ({'size': [20, 24], 'counts': 'PQ1'}, 'runs'), ({'size': [20, 24], 'counts': [5, 5]}, 'add up'),
+            ({'size': [20, 24], 'counts': [500, -20]}, 'add up'), ({'size': [20, 24], 'counts': [479.5, .5]}, 'add up'), ({'size': [20, 24], 'counts': [2**32, 480]}, 'add up')]
+
+
+@pytest.mark.parametrize('outline, word', OUTLINES)
+def test_an_outline_that_is_none(sound, outline, word):
+    tables, read = sound
+    tables['annotations'][0]['segmentation'] = outline
+    fails(read, 'instances.json', word)
+
+
+@pytest.mark.parametrize('name', ['../a.jpg', '/etc/passwd', 'val2014/a.jpg', '', '..', '.'])
+def test_a_name_that_leads_away(sound, name):
+    tables, read = sound
+    tables['images'][0]['file_name'] = name
+    fails(read, 'instances.json', repr(name))
+
+
+def test_classes_of_any_number():
+    rows = lambda n: {'categories': [dict(id=i, name=f'thing {i}') for i in range(3*n, 0, -3)]}
+    names, number = coco_classes(rows(254))
+    assert len(names) == 255 and names[254] == 'thing_762' and number == {3*c: c for c in range(1, 255)}
+    fails(lambda: coco_classes(rows(255)), '255', '254')
+
+
+def damaged(tmp_path, change, split='train'):
+    "The sources, with one json changed."
+    sources, _ = small_coco(tmp_path/'original', 3, 2)
+    path = tmp_path/'original'/'annotations'/f'instances_{split}2014.json'
+    tables = json.loads(path.read_text())
+    change(tables)
+    path.write_text(json.dumps(tables))
+    return lambda: make_coco(tmp_path/'made', sources)
+
+
+def test_a_photograph_is_missing(tmp_path):
+    run = damaged(tmp_path, lambda t: None)
+    (tmp_path/'original'/'train2014'/'COCO_train2014_000000000002.jpg').unlink()
+    fails(run, 'COCO_train2014_000000000002.jpg', 'missing', 'train2014.zip')
+    assert not (tmp_path/'made').exists()
+
+
+def test_a_photograph_of_nothing_may_be_missing(tmp_path):
+    run = damaged(tmp_path, lambda t: None)
+    (tmp_path/'original'/'train2014'/'COCO_train2014_000000000003.jpg').unlink()
+    assert run()['without_tags'] == 2
+
+
+def test_other_categories_in_val(tmp_path):
+    fails(damaged(tmp_path, lambda t: t['categories'].append(dict(id=90, name='toothbrush')), 'val'), 'instances_train2014.json', 'instances_val2014.json', 'categories')
+
+
+def test_an_image_of_both_splits(tmp_path):
+    run = damaged(tmp_path, lambda t: t['images'][1].update(file_name='COCO_train2014_000000000001.jpg'), 'val')
+    for i in (0, 1): (tmp_path/'original'/'val2014'/f'COCO_train2014_{i:012}.jpg').write_bytes((tmp_path/'original'/'val2014'/f'COCO_val2014_{i:012}.jpg').read_bytes())
+    fails(run, 'COCO_train2014_000000000001', 'train', 'val')
+
+
+def test_two_photographs_of_one_name(tmp_path):
+    run = damaged(tmp_path, lambda t: t['images'][2].update(file_name='COCO_train2014_000000000000.png'))
+    Image.new('RGB', (128, 96)).save(tmp_path/'original'/'train2014'/'COCO_train2014_000000000000.png')
+    fails(run, 'instances_train2014.json', 'same name')
+
+
+@pytest.mark.parametrize('size', [dict(height=128), dict(width=10**9), dict(height=-96)])
+def test_the_size_is_not_that_of_the_photograph(tmp_path, size):
+    "Nothing is made room for that the photograph does not have."
+    def change(tables):
+        tables['images'][1].update(size)
+        for a in tables['annotations']: a['segmentation'] = [[1, 1, 9, 1, 9, 9]]
+    fails(damaged(tmp_path, change), 'COCO_train2014_000000000000.jpg', '128x96')
+
+
+def test_a_photograph_that_is_none(tmp_path):
+    run = damaged(tmp_path, lambda t: None)
+    (tmp_path/'original'/'val2014'/'COCO_val2014_000000000001.jpg').write_bytes(b'GIF89a no photograph')
+    fails(run, 'COCO_val2014_000000000001.jpg', 'cannot be read')
+
+
+def test_a_class_name_that_cannot_be_one(tmp_path):
+    run = damaged(tmp_path, lambda t: t['categories'][0].update(name=' '))
+    path = tmp_path/'original'/'annotations'/'instances_val2014.json'
+    path.write_text(path.read_text().replace('"teddy bear"', '" "'))
+    fails(run, 'class')
+
+
+def test_an_archive_that_leads_out(tmp_path):
+    sources, _ = small_coco(tmp_path/'original', 2, 1, packed=True)
+    with zipfile.ZipFile(sources[0], 'a') as z: z.writestr('../../escaped.txt', 'here')
+    fails(lambda: make_coco(tmp_path/'made', sources), 'train2014.zip', 'escaped.txt')
+    assert not list(tmp_path.rglob('escaped.txt'))
+
+
+def test_codes_are_counted_as_pycocotools_does():
+    "The builder's own counting, against the library's."
+    inside = scene(np.random.default_rng(3))[1] > 0
+    code = rle.frPyObjects(runs(inside), *inside.shape)
+    assert (rle.decode(code).astype(bool) == inside).all() and rle.area(code) == inside.sum()
