@@ -46,11 +46,11 @@ def read_instances(
     _check_rows(path, tables)
     return tables
 
-# %% ../nbs/06_coco.ipynb #fd0422d3
+# %% ../nbs/06_coco.ipynb #87a2f664
 def _check_rows(path, tables):
     images, categories = {i['id']: i for i in tables['images']}, {c['id'] for c in tables['categories']}
-    for i in images.values():
-        if i['file_name'] in ('', '..') or i['file_name'] != Path(i['file_name']).name: raise DataError(f"{path} has the photograph {i['file_name']!r}, which is not the name of a file: do not trust this file.")
+    for name in (i['file_name'] for i in tables['images']):
+        if name in ('', '..') or name != Path(name).name: raise DataError(f'{path} has the photograph {name!r}, which is not the name of a file: do not trust this file.')
     for a in tables['annotations']:
         where = f"{path}, annotation {a['id']},"
         if a['image_id'] not in images: raise DataError(f"{where} is of image {a['image_id']}, which the file does not have.")
@@ -93,9 +93,9 @@ def paint(
     for *_, value, code in sorted(layers, key=lambda l: l[:3]): mask[rle.decode(code).view(bool)] = value
     return mask
 
-# %% ../nbs/06_coco.ipynb #4de3066b
-FETCH = ('COCO 2014 is not downloaded from here: fetch train2014.zip (13 GB), val2014.zip (6 GB) and annotations_trainval2014.zip (0.3 GB) from cocodataset.org '
-         'and give them, or the folders unpacked from them, as sources.')
+# %% ../nbs/06_coco.ipynb #3cf5e9da
+FETCH = ('COCO 2014 is not downloaded from here: fetch train2014.zip (13 GB), val2014.zip (6 GB) and annotations_trainval2014.zip (0.3 GB) '
+         'from cocodataset.org and give them, or the folders unpacked from them, as sources.')
 
 def _folders(sources, originals):  # folder -> names of the files in it
     found = {}
@@ -127,7 +127,7 @@ def _items(split, folders):  # class names; category id -> number; id -> (photog
     if len(items) < len(tagged): raise DataError(f'{name} has two photographs of the same name.')
     return (*coco_classes(tables), items, len(images) - len(tagged))
 
-# %% ../nbs/06_coco.ipynb #fd65a41b
+# %% ../nbs/06_coco.ipynb #b4096864
 def make_coco(
     root,       # dataset folder to make, or to continue
     sources=(), # train2014.zip, val2014.zip, annotations_trainval2014.zip, or folders that hold what is in them
@@ -138,23 +138,24 @@ def make_coco(
     root = Path(root)
     folders = _folders(sources, root/'originals')
     (classes, number, train, no_train), (others, _, val, no_val) = [_items(s, folders) for s in ('train', 'val')]
-    if classes != others: raise DataError('instances_train2014.json and instances_val2014.json have different categories: take both from the same archive.')
+    if classes != others: raise DataError('instances_train2014.json and instances_val2014.json have different categories: take both from one archive.')
     twice = next(iter(train.keys() & val.keys()), None)
     if twice: raise DataError(f'{twice} is in train and in val: a result on val would be worth nothing.')
     items = train | val
-    tags = {i: sorted({number[a['category_id']] for a in annotations}) for i, (_, _, annotations) in items.items()}
-    write_folder(root, {i: file for i, (file, _, _) in items.items()}, {i: [classes[c] for c in t] for i, t in tags.items()}, classes, {'train': [*train], 'val': [*val]})
+    tags = {i: [classes[c] for c in sorted({number[a['category_id']] for a in annotations})] for i, (_, _, annotations) in items.items()}
+    write_folder(root, {i: file for i, (file, _, _) in items.items()}, tags, classes, {'train': [*train], 'val': [*val]})
     with ThreadPoolExecutor(workers) as pool:
         jobs = [(root/'SegmentationClass'/f'{i}.png', number, *item) for i, item in items.items()]
         for _ in tqdm(pool.map(_write, jobs), total=len(jobs), desc='masks'): pass
     return dict(classes=len(classes) - 1, train=len(train), val=len(val), without_tags=no_train + no_val)
 
-# %% ../nbs/06_coco.ipynb #fec27f81
+# %% ../nbs/06_coco.ipynb #071b9c43
 def _write(job):
     out, number, file, size, annotations = job
     if out.exists(): return
     try:
         with Image.open(file) as im: found = im.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise DataError(f'{file} cannot be read as an image ({e}): unpack it again.') from None
-    if sorted(found) != sorted(size): raise DataError(f'{file} is {found[0]}x{found[1]}, but by its annotations {size[1]}x{size[0]}: take both from the same dataset.')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise DataError(f'{file} cannot be read as an image ({e}): unpack it again.') from None
+    if sorted(found) != sorted(size): raise DataError(f'{file} is {found[0]}x{found[1]}, but by its annotations {size[1]}x{size[0]}: take both from one dataset.')
     write_mask(out, paint(annotations, number, size))
