@@ -189,7 +189,7 @@ def report(
         for found in tqdm(pool.map(lambda f: file_problems(*f), todo), total=len(todo), desc='opening'): problems += found
     return _counts(lists, classes, tags, files, masks, saliency), problems
 
-# %% ../nbs/04_folders.ipynb #09aa692b
+# %% ../nbs/04_folders.ipynb #84905e82
 def _lists(root, files, wrong): # name -> ids
     sets = root/'ImageSets'
     names = sorted(p.stem for p in sets.glob('[!.]*.txt')) if sets.is_dir() else ['train']
@@ -197,7 +197,7 @@ def _lists(root, files, wrong): # name -> ids
     return {name: split_ids(root, name, files, wrong) for name in names}
 
 def _companions(folder, files, wrong): # id -> path
-    found = sorted(folder.glob('[!.]*'))
+    found = sorted({*folder.glob('[!.]*')} - {folder/'SOURCE.txt'})   # whose maps they are, see `07_saliency`
     named = {p.stem: p for p in found if p.suffix == '.png' and p.stem in files}
     strange = [p for p in found if named.get(p.stem) != p]
     if strange and files: wrong(f'{strange[0]} belongs to no image ({len(strange)} such files): name it as its image, with the ending .png.')

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SHOWN', 'Plan', 'plan', 'generate', 'masks_wanted', 'spli
            'cam_folder', 'table_row', 'threshold_from', 'seed_table', 'best_method', 'pseudo_masks', 'segmentation',
            'trained_segmenter', 'provenance']
 
-# %% ../nbs/39_pipeline.ipynb #ea382edc
+# %% ../nbs/39_pipeline.ipynb #e0bc76c6
 import copy, inspect, platform, subprocess
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from .data import DataError, TagFolder, atomic, check, read_classes
 from .scenes import make_closeups, make_scenes
+from .saliency import saliency_source
 from .backbones import beginning
 from .training import Batches, optimizer_of
 from .parameters import CamTraining, Refinement, Seeds, Segmentation, Shared, settings
@@ -90,7 +91,7 @@ def run(
 
 def config(*parts): return {k: v for p in parts for k, v in asdict(p).items() if k not in ('workers', 'device')}
 
-# %% ../nbs/39_pipeline.ipynb #bf62d5e5
+# %% ../nbs/39_pipeline.ipynb #3cc67d73
 def all_stages(p, methods):
     "The stages of a `Plan`, in their order; returns what the run reports."
     data, start = p.lists[p.c.train_split], None
@@ -107,6 +108,7 @@ def all_stages(p, methods):
         rows = segmentation(p, best) if p.g.segmenter != 'none' else []
         result['table'] += [row for row in (masks, *rows) if row not in result['table']]   # seeds + CRF may be there already
         result |= {'best': best, 'mask_miou': masks['miou'], 'segmentation_miou': rows[0]['miou'] if rows else None}
+    for row in result['table']: row['saliency'] = saliency_source(data.root) if 'eps' in row['method'].split('+') else None
     peak = max(read_json(f)['peak_memory_mb'] for f in p.out.glob('**/metrics.json'))
     return result | {'peak_memory_mb': peak, 'parameters': config(p.s, p.c, p.seeds, p.r, p.g), **provenance()}
 

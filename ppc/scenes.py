@@ -178,7 +178,7 @@ def _same(root, made):
     except (OSError, ValueError): raise ValueError(f'{root} exists and holds nothing generated: choose another folder.') from None
     if found != made: raise ValueError(f'{root} was made with {found}, asked for is {made}: choose another folder.')
 
-# %% ../nbs/01_scenes.ipynb #6ed2f48f
+# %% ../nbs/01_scenes.ipynb #76d5eb13
 def _write_scenes(root, train, val, seed, quality):
     for d in ['SegmentationClass', 'Saliency', 'Parts', 'ImageSets']: (root/d).mkdir()
     rows = []
@@ -193,6 +193,7 @@ def _write_scenes(root, train, val, seed, quality):
             Image.fromarray(parts).save(root/'Parts'/f'{name}.png')
             write_mask(root/'SegmentationClass'/f'{name}.png', mask)
             rows.append(f'{name},{" ".join(CLASSES[c] for c in np.unique(mask) if c)}')
+    (root/'Saliency'/'SOURCE.txt').write_text(f'drawn from the masks by ppc.scenes, quality {quality}\n')
     return rows
 
 # %% ../nbs/01_scenes.ipynb #aa064eb2
