@@ -223,6 +223,9 @@ def test_a_run_outlives_its_data(copied, scenes):
         with pytest.raises(DataError, match='classes.txt is missing, and .*moved has gone'): load(path)
     shutil.copy(scenes/'classes.txt', copied/'classes.txt')
     for path in (copied, copied/'cam'): assert load(path).classes == TagFolder(scenes).classes
+    (copied/'config.json').write_text(json.dumps(config))
+    (copied/'classes.txt').write_text('background\na\nb\nc\nd\ne\nf\n')
+    for path in (copied, copied/'cam'): assert load(path).classes == ['background', *'abcdef']
     (copied/'classes.txt').write_text('background\ncat\n')
     with pytest.raises(DataError, match='weights.safetensors has'): load(copied/'cam')
 
@@ -383,7 +386,9 @@ def test_overlay(size):
     (w, h), grey = size, 120
     mask = np.zeros((h, w), np.uint8)
     mask[h//4:h//2, w//4:], mask[h//2:, w//4:w//2] = 3, 2
-    seen = np.asarray(overlay(Image.new('RGB', size, (grey,)*3), mask, ZOO)).astype(int)
+    image = Image.new('RGB', size, (grey,)*3)
+    seen = np.asarray(overlay(image, mask, ZOO)).astype(int)
+    assert image.size == size and image.getcolors() == [(w*h, (grey,)*3)]   # the photograph itself is left alone
     s = min(1, 1600/max(size))
     width, height = round(w*s), round(h*s)
     assert seen.shape[1] == width if max(size) >= 500 else seen.shape[1] >= width
@@ -394,6 +399,8 @@ def test_overlay(size):
     assert below.shape[0] >= 28 and (below[0] == 255).all()
     found = {k for k in range(1, 5) if (below == voc_palette()[k]).all(-1).sum() >= 12*12}
     assert found == {2, 3}
+    entries = [f'{ZOO[k]} {100*np.count_nonzero(mask == k)/(w*h):.1f} %' for k in (2, 3)]
+    assert (below == np.asarray(legend(entries, voc_palette()[2:4], width, max(14, max(width, height)//50)))).all()
 
 
 def test_overlay_of_nothing_and_of_the_unknown():
@@ -401,8 +408,7 @@ def test_overlay_of_nothing_and_of_the_unknown():
         image = Image.new('RGB', mask.shape[::-1], (10, 20, 30))
         seen = np.asarray(overlay(image, mask, ZOO))
         assert seen.shape[0] >= mask.shape[0] + 28 and (seen[mask.shape[0]:] < 100).any()   # something is written
-        if colour is None: assert (seen[:30] == (10, 20, 30)).all()
-    assert image.size == (1, 1) and image.getpixel((0, 0)) == (10, 20, 30)   # the photograph itself is left alone
+        if colour is None: assert (seen[:30] == (10, 20, 30)).all() and (seen[30:] == np.asarray(legend(['nothing found'], [(255, 255, 255)], 200, 14))).all()
 
 
 @given(st.lists(st.sampled_from(['cat', 'Bär', 'жираф', 'aardvark of the savannah', 'x'*60]), min_size=1, max_size=30), st.integers(1, 900), st.integers(8, 40))
