@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SHOWN', 'Plan', 'plan', 'generate', 'masks_wanted', 'splits', 'run', 'config', 'all_stages', 'one_method',
            'cam_folder', 'table_row', 'threshold_from', 'seed_table', 'best_method', 'pseudo_masks', 'segmentation',
-           'trained_segmenter', 'provenance']
+           'read_run', 'run_classes', 'trained_segmenter', 'provenance']
 
 # %% ../nbs/39_pipeline.ipynb #e0bc76c6
 import copy, inspect, platform, subprocess
@@ -112,7 +112,7 @@ def all_stages(p, methods):
     peak = max(read_json(f)['peak_memory_mb'] for f in p.out.glob('**/metrics.json'))
     return result | {'peak_memory_mb': peak, 'parameters': config(p.s, p.c, p.seeds, p.r, p.g), **provenance()}
 
-# %% ../nbs/39_pipeline.ipynb #fa94d850
+# %% ../nbs/39_pipeline.ipynb #a2d7a642
 def one_method(p, m):
     "Train, make CAMs and evaluate them, alone and after a CRF."
     out, data, seeds = p.out/m, p.lists[p.seeds.seed_split], p.seeds
@@ -121,7 +121,7 @@ def one_method(p, m):
     found = stage(out/'seeds', config(p.s, seeds), lambda f: evaluate_seeds(data, cams))
     threshold, after = seeds.threshold or found.get('threshold', .25), {'miou': None}
     if seeds.crf:
-        after = stage(out/'crf', {'threshold': threshold, **config(p.s, seeds)}, lambda f: make_masks(f, data, data, cams, threshold, True, p.s, seeds, f'{m} CRF'))
+        after = stage(out/'crf', {**config(p.s, seeds), 'threshold': threshold}, lambda f: make_masks(f, data, data, cams, threshold, True, p.s, seeds, f'{m} CRF'))
     return {'seed': found, 'crf': after, 'threshold': threshold}
 
 def cam_folder(p, m, data):
@@ -150,11 +150,11 @@ def best_method(found):
     "The one with the best seeds; without masks to tell, the last."
     return max(found, key=lambda m: found[m]['seed']['miou']) if all(f['seed']['miou'] is not None for f in found.values()) else list(found)[-1]
 
-# %% ../nbs/39_pipeline.ipynb #28925723
+# %% ../nbs/39_pipeline.ipynb #85fd5dd2
 def pseudo_masks(p, best, found):
     "Make them, as `refine` says; returns their row."
     data, truth, r = p.lists[p.r.mask_split], p.lists[p.seeds.seed_split], p.r
-    cams, about = cam_folder(p, best, data), {'method': best, 'threshold': found['threshold'], **config(p.s, p.c, p.seeds, r)}
+    cams, about = cam_folder(p, best, data), {'method': best, **config(p.s, p.c, p.seeds, r), 'threshold': found['threshold']}
     if not truth.has_masks or not {*truth.ids} <= {*data.ids}: truth = data
     options, labels, weights = affinity_options(r), p.out/'affinity-labels', p.out/'affinity'/'weights.safetensors'
     about['options'] = options and asdict(options)   # a preset may change from one edition to the next
@@ -183,15 +183,36 @@ def segmentation(p, best):
     made = stage(p.out/'segmentation', about, lambda f: test(f, p.lists[g.val_split]))
     return [table_row('segmenter', best, p.lists[g.val_split], made['miou'], False, p.start(g.seg_backbone, g.seg_weights))]
 
-# %% ../nbs/39_pipeline.ipynb #c65d98ab
+# %% ../nbs/39_pipeline.ipynb #a8b08db2
+def read_run(
+    run, # run folder
+):       # methods, and instances of the dataclasses of `ppc.parameters`
+    "What a run was told. Raises `DataError` for a folder of something else, `ValueError` for parameters of another edition."
+    path = Path(run)/'config.json'
+    told = read_json(path) if path.is_file() else {}
+    if 'methods' not in told: raise DataError(f'{run} is no run: give the folder of a run (runs/mine), or of a method in it (runs/mine/seam+ppc).')
+    return told.pop('methods'), settings(**told).values()
+
+def run_classes(
+    run,  # run folder
+    data, # dataset folder that it learned from; '': the run's own scenes
+) -> list:# names, background first
+    "The classes of a run. Raises `DataError` where neither folder has them."
+    run = Path(run)
+    data = Path(data) if data else run/'scenes'
+    for root in (run, data):
+        if (root/'classes.txt').is_file(): return read_classes(root)
+    raise DataError(f'{run/"classes.txt"} is missing, and {data} has gone: put the classes.txt that the run learned from into {run}.')
+
+# %% ../nbs/39_pipeline.ipynb #17c9f3f6
 def trained_segmenter(
     out, # run folder
 ):       # `DeepLab`
     "The segmentation network of a run. Raises `DataError` where there is none."
     out = Path(out)
     if not (out/'segmenter'/'metrics.json').is_file(): raise DataError(f'{out} has no trained segmenter: run ppc with a segmenter and this folder as out.')
-    s, c, seeds, r, g = settings(**{k: v for k, v in read_json(out/'segmenter'/'config.json').items() if k not in ('method', 'options')}).values()
-    return load_segmenter(out/'segmenter'/'weights.safetensors', read_classes(out), segmentation_recipe(g), s, c, g)
+    _, (s, c, seeds, r, g) = read_run(out)
+    return load_segmenter(out/'segmenter'/'weights.safetensors', run_classes(out, s.data), segmentation_recipe(g), s, c, g)
 
 # %% ../nbs/39_pipeline.ipynb #18c3e5c8
 def provenance():

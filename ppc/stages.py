@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'stage', 'peak_memory', 'write_json', 'read_json', 'make_backbone', 'make_camnet', 'contrast_reading',
-           'method_losses', 'pretrain', 'train_cam', 'make_cams', 'class_iou', 'evaluate_seeds', 'evaluate_masks',
-           'make_masks', 'affinity_options', 'make_affinity_labels', 'make_affinity_net', 'train_affinities',
-           'make_walked_masks', 'segmentation_recipe', 'make_segmenter', 'train_segmenter', 'load_segmenter', 'segment',
-           'pack']
+           'method_losses', 'pretrain', 'train_cam', 'competes', 'make_cams', 'class_iou', 'evaluate_seeds',
+           'evaluate_masks', 'make_masks', 'seed_pairwise', 'affinity_options', 'make_affinity_labels',
+           'make_affinity_net', 'train_affinities', 'make_walked_masks', 'segmentation_recipe', 'make_segmenter',
+           'train_segmenter', 'load_segmenter', 'segment', 'pack']
 
 # %% ../nbs/38_stages.ipynb #1dc6492d
 import json, resource, shutil, time
@@ -147,17 +147,19 @@ def train_cam(folder, data, method, s, c, pretrained):
     fit(model, method_losses(method, c), views, optimizer, folder, c.epochs, c.batch_size, s.seed, label=method, **_how(s))
     return {'images': len(data), 'epochs': c.epochs}
 
-# %% ../nbs/38_stages.ipynb #9ba0ec3f
+# %% ../nbs/38_stages.ipynb #83cfaf73
 def _device(s): return torch.device('cuda' if s.device == 'auto' and torch.cuda.is_available() else 'cpu')
 
 def _load(model, path, s):
     load_weights(model, path)
     return model.to(_device(s))
 
+def competes(method): return 'eps' in method.split('+')  # its channels share each pixel, at test time too
+
 def make_cams(folder, data, weights, method, s, c, seeds):
     "CAM files of a split from a trained network."
     model = _load(make_camnet(replace(c, weights=''), len(data.classes), method), weights, s)
-    write_cams(model, data, folder, seeds.scales, refined=seeds.refined, softmax='eps' in method.split('+'), label=f'{method} CAMs')
+    write_cams(model, data, folder, seeds.scales, refined=seeds.refined, softmax=competes(method), label=f'{method} CAMs')
     return {'images': len(data)}
 
 def class_iou(counts, classes):  # {name: percent}, None for a class that is nowhere
@@ -172,7 +174,7 @@ def evaluate_seeds(data, cams):
     at = curve.counts()[int(np.argmax(curve.miou()))]
     return {'miou': 100*best, 'threshold': round(threshold, 4), 'curve': (100*curve.miou()).round(3).tolist(), 'iou': class_iou(at, data.classes)}
 
-# %% ../nbs/38_stages.ipynb #377516d4
+# %% ../nbs/38_stages.ipynb #eaa966ff
 def evaluate_masks(data, masks):
     "mIoU of a folder of masks against a split's own; None where that has none."
     if not data.has_masks: return {'miou': None}
@@ -182,9 +184,10 @@ def evaluate_masks(data, masks):
 def make_masks(folder, data, truth, cams, threshold, use_crf, s, seeds, label, ready=None):
     "Pseudo masks of a split, with CRF or without; those that are `ready` in a folder are copied."
     if ready: _share(ready, folder)
-    pairwise = replace(CAM_CRF if seeds.crf_power else SEED_CRF, iterations=seeds.crf_iterations)
-    write_masks(data, cams, folder, threshold, use_crf, s.workers, label, pairwise, len(data.classes), seeds.crf_power)
+    write_masks(data, cams, folder, threshold, use_crf, s.workers, label, seed_pairwise(seeds), len(data.classes), seeds.crf_power)
     return evaluate_masks(truth, folder)
+
+def seed_pairwise(seeds): return replace(CAM_CRF if seeds.crf_power else SEED_CRF, iterations=seeds.crf_iterations)  # of the CRF after seeds
 
 def _share(source, target):
     for f in source.glob('[!.]*.png'):

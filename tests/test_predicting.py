@@ -29,7 +29,7 @@ def done(scenes, tmp_path_factory):
     "A finished run of two methods and a segmenter."
     out = tmp_path_factory.mktemp('runs')/'done'
     run(out, METHODS, data=str(scenes), batch_size=4, crop=64, target=32, resize=[64, 96], k=4, scales=[.5, 1.],
-        seg_options=dict(batch_size=4, iterations=4, crop=64, pairwise='dlp'))
+        seg_options=dict(batch_size=4, epochs=1, crop=64, pairwise='dlp'))
     return out
 
 
@@ -167,7 +167,7 @@ def test_tags_reach_their_photographs(tmp_path):
 
 @pytest.mark.parametrize('content, words', [
     (b'', 'line 1'), (b'a,cat\n', 'line 1'), (b'image,tags\na,cat,dog\n', 'line 2 has 3 columns'), (b'image,tags\na,cat\na.jpg,dog\n', "line 3 repeats image 'a'"),
-    ('image,tags\nbär,cat\n'.encode('latin1'), 'UTF-8'), (None, 'cannot be read')])
+    ('image,tags\nbär,cat\n'.encode('latin1'), 'UTF-8'), (None, 'is missing')])
 def test_bad_spreadsheet(tmp_path, content, words):
     if content is not None: (tmp_path/'t.csv').write_bytes(content)
     with pytest.raises(DataError, match=words): read_names(tmp_path/'t.csv')
@@ -219,6 +219,8 @@ def test_a_run_outlives_its_data(copied, scenes):
     "Its own classes.txt comes first; where there is none and the dataset is gone, the sentence says what to do."
     config = read_json(copied/'config.json')
     (copied/'config.json').write_text(json.dumps(config | {'data': str(copied/'moved')}))
+    assert load(copied).classes == TagFolder(scenes).classes
+    (copied/'classes.txt').unlink()
     for path in (copied, copied/'cam'):
         with pytest.raises(DataError, match='classes.txt is missing, and .*moved has gone'): load(path)
     shutil.copy(scenes/'classes.txt', copied/'classes.txt')
