@@ -129,7 +129,7 @@ def image_id(
     stem, ending = os.path.splitext(name)
     return stem if ending.lower() in ENDINGS else name
 
-# %% ../nbs/00_data.ipynb #0c0c94d4
+# %% ../nbs/00_data.ipynb #42cb1de8
 class TagFolder:
     "One split of a dataset folder: `ids`, `classes` (background first) and `tags` (N, C). Raises `DataError`."
     def __init__(self,
@@ -146,7 +146,7 @@ class TagFolder:
         self.tags = torch.stack([tags[i] for i in self.ids])
 
     def __len__(self): return len(self.ids)
-    def image(self, i): return read_image(self.files[self.ids[i]])  # RGB picture of item i
+    def image(self, i, edge=0): return read_image(self.files[self.ids[i]], edge)  # RGB picture of item i
     def mask_path(self, i): return self.root/'SegmentationClass'/f'{self.ids[i]}.png'
     def mask(self, i): return read_mask(self.mask_path(i))          # (H, W) uint8 of item i
     def saliency_path(self, i): return self.root/'Saliency'/f'{self.ids[i]}.png'
@@ -189,13 +189,14 @@ def match_rows(root, tags, files, wrong=refuse):
     for i in tags:
         if i not in files: wrong(f'{Path(root)/"tags.csv"} has a row for {i!r}, but {Path(root)/"JPEGImages"/i}.jpg is missing.')
 
-# %% ../nbs/00_data.ipynb #7db34643
+# %% ../nbs/00_data.ipynb #3b82b05d
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # whatever the ending says
 
-def _upright(path, formats=FORMATS):
+def _upright(path, formats=FORMATS, edge=0):
     with Image.open(path, formats=formats) as im:
         if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f'{im.width}x{im.height} are more than {Image.MAX_IMAGE_PIXELS} pixels')
+        if edge: im.draft(None, [math.ceil(n*edge/max(im.size)) for n in im.size])
         im.load()
         ImageOps.exif_transpose(im, in_place=True)
         return im
@@ -206,13 +207,14 @@ def _reading(path, what, advice):
     except DataError: raise
     except Exception as e: raise DataError(f'{path} cannot be read as {what} ({e}): {advice}.') from None   # Pillow's plugins raise all sorts
 
-# %% ../nbs/00_data.ipynb #b86e3bd3
+# %% ../nbs/00_data.ipynb #9ba8b138
 def read_image(
-    path, # .jpg or .png
-):        # RGB picture, upright
+    path,   # .jpg or .png
+    edge=0, # the longer edge may come out smaller than stored, but not than this; 0: as stored
+):          # RGB picture, upright
     "A photograph as an RGB `PIL.Image`, on white where it is transparent. Raises `DataError` when it cannot be read."
     with _reading(path, 'an image', 'replace it or take it out of the lists'):
-        im = _upright(path)
+        im = _upright(path, edge=edge)
         if im.mode[0] == 'I': return Image.fromarray((np.asarray(im)/257).round().astype(np.uint8)).convert('RGB')   # 16 bit
         if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
         return im if im.mode == 'RGB' else im.convert('RGB')
@@ -344,7 +346,7 @@ def seed_of(
     "One seed from several numbers, such that neighbours have nothing in common."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-# %% ../nbs/00_data.ipynb #fc7bb371
+# %% ../nbs/00_data.ipynb #9c137dea
 class TrainingViews(Dataset):
     "Augmented items of a folder, addressed by (epoch, index): dict of image (3, S, S), tags (C,), index; mask (S, S) and saliency (1, S, S) if asked for."
     def __init__(self,
@@ -353,7 +355,10 @@ class TrainingViews(Dataset):
         seed=0,    # of the whole run
         masks=None,# folder of <id>.png to be transformed along
         saliency=False, # the folder's saliency maps too, at the image's size
-    ): self.folder, self.transform, self.seed, self.masks, self.saliency = folder, transform, seed, masks, saliency
+        edge=0,    # the transform makes the longer edge at most so long, so large files need not be decoded whole; not with masks
+    ):
+        if edge and masks: raise ValueError('masks have the size of the stored image: leave out edge.')
+        self.folder, self.transform, self.seed, self.masks, self.saliency, self.edge = folder, transform, seed, masks, saliency, edge
 
     def __len__(self): return len(self.folder)
 
@@ -362,7 +367,7 @@ class TrainingViews(Dataset):
         item = {'tags': self.folder.tags[i], 'index': i}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, epoch, i))
-            things = {'image': self.folder.image(i)}
+            things = {'image': self.folder.image(i, self.edge)}
             if self.masks is not None: things['mask'] = self._mask(i)
             if self.saliency: things['saliency'] = Saliency(self.folder.saliency(i, things['image'].size))
             moved = self.transform(*things.values())

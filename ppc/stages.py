@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'stage', 'peak_memory', 'write_json', 'read_json', 'make_backbone', 'make_camnet', 'contrast_reading',
-           'method_losses', 'pretrain', 'train_cam', 'competes', 'make_cams', 'class_iou', 'evaluate_seeds',
+           'method_losses', 'pretrain', 'competes', 'train_cam', 'make_cams', 'class_iou', 'evaluate_seeds',
            'evaluate_masks', 'make_masks', 'seed_pairwise', 'affinity_options', 'make_affinity_labels',
            'make_affinity_net', 'train_affinities', 'make_walked_masks', 'segmentation_recipe', 'make_segmenter',
            'train_segmenter', 'load_segmenter', 'segment', 'pack']
@@ -125,7 +125,7 @@ def method_losses(
         return terms
     return losses
 
-# %% ../nbs/38_stages.ipynb #5a113db2
+# %% ../nbs/38_stages.ipynb #ca826a3b
 def _how(s): return dict(workers=s.workers, precision=s.precision, device=s.device)
 
 def pretrain(folder, closeups, s, c):
@@ -138,23 +138,23 @@ def pretrain(folder, closeups, s, c):
     fit(model, losses, views, torch.optim.AdamW(model.parameters(), 3e-3), folder, c.pretrain_epochs, 32, s.seed, label='pretrain', **_how(s))
     return {'images': len(data), 'epochs': c.pretrain_epochs}
 
+def competes(method): return 'eps' in method.split('+')  # EPS: channels share each pixel, guided by saliency
+
 def train_cam(folder, data, method, s, c, pretrained):
     "Train the network of a method on tags."
     torch.manual_seed(s.seed)
     model = make_camnet(c, len(data.classes), method, pretrained)
-    views = TrainingViews(data, augmentation(c.resize, c.crop), s.seed, saliency='eps' in method.split('+'))
+    views = TrainingViews(data, augmentation(c.resize, c.crop), s.seed, saliency=competes(method), edge=c.resize[1])
     optimizer = optimizer_of(c.optimizer, parameter_groups(model, c.lr, c.lr_new), c.momentum, weight_decay=c.weight_decay)
     fit(model, method_losses(method, c), views, optimizer, folder, c.epochs, c.batch_size, s.seed, label=method, **_how(s))
     return {'images': len(data), 'epochs': c.epochs}
 
-# %% ../nbs/38_stages.ipynb #83cfaf73
+# %% ../nbs/38_stages.ipynb #e0a8ef02
 def _device(s): return torch.device('cuda' if s.device == 'auto' and torch.cuda.is_available() else 'cpu')
 
 def _load(model, path, s):
     load_weights(model, path)
     return model.to(_device(s))
-
-def competes(method): return 'eps' in method.split('+')  # its channels share each pixel, at test time too
 
 def make_cams(folder, data, weights, method, s, c, seeds):
     "CAM files of a split from a trained network."
