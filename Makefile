@@ -1,7 +1,9 @@
 # Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10 and make; the tests also a C++ compiler.
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: demo test bench lab export crf-if-possible
+.PHONY: install demo test bench lab export crf-if-possible
+
+install: .venv/ready
 
 demo: .venv/ready
 	$(BIN)/ppc demo

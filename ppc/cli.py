@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DEMO', 'app', 'data', 'DIR', 'PARAMS', 'MORE', 'weights', 'notebook', 'execute', 'summary', 'told', 'demo', 'scenes',
            'counted', 'folder', 'voc', 'coco', 'saliency', 'check', 'run', 'plan', 'planned', 'read_parameters',
-           'known', 'in_words', 'weights_needed', 'show_needed', 'fetch', 'convert', 'export']
+           'known', 'in_words', 'weights_needed', 'show_needed', 'fetch', 'convert', 'predict', 'export']
 
-# %% ../nbs/49_cli.ipynb #6475b2c2
+# %% ../nbs/49_cli.ipynb #bcace37d
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from .deeplab import export as export_network
 from .folders import make_folder, report
 from .pipeline import METHODS, provenance, run as run_pipeline, trained_segmenter
 from .planning import dry_run
+from .predicting import load, predict_images, read_names
 from .saliency import link_saliency, make_saliency, saliency_source
 from .scenes import make_scenes
 from .sources import SOURCES, convert as convert_weights, fetch as fetch_weights, needed, start_of, weights_table
@@ -181,7 +182,7 @@ def planned(table):  # -> text for the terminal
     text = table.drop(columns='seconds').assign(time=time.astype(str)).to_string(index=False, na_rep='', float_format=lambda x: f'{x:g}')
     return f'{text}\n\nin all {timedelta(seconds=round(table["seconds"].sum()))} on {provenance()["device"]}, at most {table["memory MB"].max():,} MB'
 
-# %% ../nbs/49_cli.ipynb #fcbd5163
+# %% ../nbs/49_cli.ipynb #69f29b87
 def read_parameters(
     path,     # YAML file
     extra=(), # list of 'name=value', values in YAML; or None
@@ -193,7 +194,7 @@ def read_parameters(
     for item in extra or []:
         name, eq, value = item.partition('=')
         if not eq: raise ValueError(f'-p {item} should be -p NAME=VALUE.')
-        found[name] = yaml.safe_load(value)
+        found[name] = yaml.safe_load(value) if value else ''
     if not found.get('out'): raise ValueError(f'{path} names no run folder: add a line "out: runs/mine".')
     return Path(found.pop('out')), found
 
@@ -246,6 +247,26 @@ def convert(
 ):
     "Write MXNet's ResNet38, once, as safetensors."
     with told(): typer.echo(f'{out} from {file}, sha256 {convert_weights(file, out)["sha256"]}')
+
+# %% ../nbs/49_cli.ipynb #118dbf55
+@app.command()
+def predict(
+    model: Path = typer.Argument(..., help='Folder of a finished run (runs/mine: its segmenter, else its best CAM network), or of a method in it (runs/mine/seam+ppc).'),
+    images: List[Path] = typer.Argument(..., help='Photographs, and folders searched for .jpg, .jpeg and .png.'),
+    out: Path = typer.Option(..., help='Folder for masks/, overlays/ and areas.csv; what is there is made again.'),
+    tags: Optional[Path] = typer.Option(None, help='For a CAM network: a CSV "image,tags". Without it and --tag the classifier guesses.'),
+    tag: Optional[List[str]] = typer.Option(None, '--tag', help='For a CAM network: is in every photograph. Repeat it for more.'),
+    crf: bool = typer.Option(True, help='Refine masks by the CRF that the run used.'),
+    limit: int = typer.Option(1024, min=0, help='Longer edges are segmented at so many pixels, the mask brought back; 0: never.'),
+):
+    "Masks, overlays with a legend and areas of your photographs; ends with 1 where one could not be read."
+    with told():
+        network = load(model, crf)
+        typer.echo(network)
+        _, problems = predict_images(network, images, out, read_names(tags) if tags else tag or None, limit)
+        typer.echo(f'masks     {out}/masks\noverlays  {out}/overlays\nareas     {out}/areas.csv')
+    for problem in problems: typer.echo(f'ppc: {problem}', err=True)
+    if problems: raise typer.Exit(1)
 
 # %% ../nbs/49_cli.ipynb #ba7f0c36
 @app.command()

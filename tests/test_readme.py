@@ -1,19 +1,25 @@
 "What the README shows is what works."
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
+import numpy as np
 import torch
-import yaml
-from ppc.parameters import settings
+from PIL import Image
+from typer.testing import CliRunner
+from ppc.cli import app
+from ppc.data import TagFolder, read_mask
 from ppc.pipeline import METHODS
-from ppc.stages import affinity_options, segmentation_recipe
+from ppc.scenes import scene
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
 
 
-def block(language, word): return next(b for b in re.findall(rf'```{language}\n(.*?)```', README, re.S) if word in b)
+def block(language, word): return next(b for kind, b in re.findall(r'```(\w*)\n(.*?)```', README, re.S) if kind == language and word in b)
 
 
 def test_a_strangers_classifier_gains_the_loss():
@@ -26,11 +32,46 @@ def test_a_strangers_classifier_gains_the_loss():
     assert names['loss'].isfinite() and names['project'].weight.grad.abs().sum() > 0 and names['net'].conv1.weight.grad.abs().sum() > 0
 
 
-def test_parameters_of_own_photographs_are_parameters():
-    p = yaml.safe_load(block('yaml', 'my-data'))
-    assert p.pop('out') and set(p.pop('methods')) <= {*METHODS, 'cam+ppc'}
-    *_, refinement, segmentation = settings(**p).values()
-    assert affinity_options(refinement).t == 64 and segmentation_recipe(segmentation).iterations == 4000
+def made_up(folder, n=30):
+    "Photographs of two made-up classes in `photos`, a spreadsheet of what is in them, and a few of which nothing is known in `more-photos`."
+    rng, rows = np.random.default_rng(0), ['photo,what is in it']
+    for i in range(n + 3):
+        image, mask, _ = scene(rng)
+        path = folder/('photos' if i < n else 'more-photos')/f'IMG {i}.jpg'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image[:, :112]).save(path)
+        if i < n: rows.append(f'IMG {i}.jpg,{" ".join(sorted({("snark", "boojum")[c % 2] for c in np.unique(mask[:, :112]) if c}))}')
+    (folder/'tags.csv').write_text('\n'.join(rows))
+
+
+def test_own_photographs_in_five_commands(tmp_path):
+    "The README's own lines, from nothing to masks; ImageNet's weights cannot be fetched in a test, so the tiny network goes, as the README has it for that case."
+    lines = block('', 'ppc data folder').strip().splitlines()
+    instead = re.search("add `(-p backbone=tiny .*?)`", README)[1]
+    assert len(lines) <= 5 and lines[0] == 'make install' and re.search(r'^install: \.venv/ready', (ROOT/'Makefile').read_text(), re.M)
+    made_up(tmp_path)
+    (tmp_path/'recipes').symlink_to(ROOT/'recipes')
+    for line in lines[1:]:
+        command = line.replace('.venv/bin/ppc', str(Path(sys.executable).parent/'ppc')) + (f' {instead}' if ' run ' in line else '')
+        found = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'TQDM_DISABLE': '1'})
+        assert found.returncode == 0, f'{line}\n{found.stdout}\n{found.stderr}'
+    data = TagFolder(tmp_path/'datasets'/'mine')
+    assert data.classes == ['background', 'boojum', 'snark'] and len(data) == 30
+    for k, i in enumerate(data.ids): assert read_mask(tmp_path/'runs'/'mine'/'masks'/f'{i}.png').shape == (128, 112)
+    assert (tmp_path/'runs'/'mine'/'run.ipynb').is_file()
+    for i in (30, 31, 32): assert read_mask(tmp_path/'predicted'/'masks'/f'IMG {i}.png').max() <= 2
+    assert 'image,class,pixels,fraction' in (tmp_path/'predicted'/'areas.csv').read_text()
+
+
+def test_commands_of_the_papers_runs_exist():
+    "Each line for VOC has a command that has those arguments, and a recipe that is there."
+    lines = [l.split('#')[0].strip() for l in block('', 'ppc data voc').strip().splitlines()]
+    assert {*re.findall(r'recipes/\w+\.yaml', README)} == {f'recipes/{p.name}' for p in (ROOT/'recipes').glob('*.yaml')}
+    for line in lines[:-1]:
+        words = line.split()
+        command = [w for w in words[1:] if w in ('data', 'voc', 'saliency', 'weights', 'plan', 'run')]
+        text = CliRunner().invoke(app, [*command, '--help'], env={'COLUMNS': '200', 'TERM': 'dumb'}).output
+        for option in (w for w in words if w.startswith('-')): assert option in text, line
 
 
 def runs(name): return [json.loads((ROOT/'runs'/'results'/f'{name}-seed{seed}'/'metrics.json').read_text()) for seed in range(3)]
@@ -53,7 +94,8 @@ def results():
 
 
 def test_speeds_are_those_of_the_bench():
-    crf, psa, irn = json.loads((ROOT/'runs'/'bench'/'x86-64-2-threads.json').read_text())[2:]
+    loader, _, _, crf, psa, irn = json.loads((ROOT/'runs'/'bench'/'x86-64-2-threads.json').read_text())
+    assert f'makes {loader["images_per_s"]:.0f} training views' in README and f'checks {loader["checked_per_s"]:.0f} images' in README
     assert f'{crf["ratio"]:.2f} times as fast on one core (375×500, 4 labels, 10 steps), in {crf["extra_mb"]:.0f} MB' in README
     assert f'{psa["ratio"]:.0f} and IRN\'s {irn["ratio"]:.0f} times as fast as squaring a dense matrix' in README
     assert f'in {irn["extra_mb"]:.0f} MB where that takes {irn["dense_mb"]:.0f}' in README
