@@ -9,7 +9,7 @@ __all__ = ['GROUPS', 'Shared', 'CamTraining', 'Seeds', 'Refinement', 'Segmentati
 import difflib
 from dataclasses import dataclass, field, fields, replace
 
-# %% ../nbs/37_parameters.ipynb #605ae5a9
+# %% ../nbs/37_parameters.ipynb #d1c0806e
 @dataclass
 class Shared:
     "What every stage knows."
@@ -18,11 +18,12 @@ class Shared:
     closeups: int = 96              # how many close-ups to generate for the tiny backbone
     saliency_quality: float = 0.8   # of the generated saliency maps, 0..1
     seed: int = 0                   # of everything that is random
+    shared: str = ''                # folder of scenes, starts and methods that several runs have in common; '': a run keeps its own
     workers: int = 0                # processes that load images or run the CRF
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_parameters.ipynb #8530d775
+# %% ../nbs/37_parameters.ipynb #04202c41
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
@@ -51,6 +52,10 @@ class CamTraining:
     tau: float = 0.1                # temperature (Eq. 4)
     alpha: float = 0.1              # weight of the cross-view contrast (Eq. 1)
     beta: float = 0.1               # weight of the intra-view contrast (Eq. 1)
+    cross_cam: bool = True          # the contrast also takes labels from the other view (Table 5 has it without)
+    ramp: float = 0.0               # the contrast's weights rise over so much of the training, from 0 to 1
+    ema: float = 0.0                # weights are a running mean, of which each step leaves so much, such as 0.99; 0: the last ones
+    chance: dict = field(default_factory=lambda: {}) # other seeds for one source of chance: 'init', 'order', 'views' or 'noise' (dropout, mining)
     saliency_weight: float = 0.5    # EPS: weight of the foreground in the estimate; COCO's is 0.9
     saliency_overlap: float = 0.4   # EPS: a class is foreground if more of it is salient
     reading: str = 'official'       # of the contrast: 'paper' or 'official', see 22_contrast

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Batches', 'poly', 'optimizer_of', 'stop_signals', 'save_checkpoint', 'load_checkpoint', 'read_log', 'Stopped', 'fit']
 
-# %% ../nbs/30_training.ipynb #626567cd
+# %% ../nbs/30_training.ipynb #ac658ec3
 import json, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .data import DataError, atomic, seed_of
@@ -73,19 +74,20 @@ def stop_signals():  # yields a list that holds the signal once it came
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/30_training.ipynb #b68cb000
-def save_checkpoint(path, model, optimizer, scaler, step):
+# %% ../nbs/30_training.ipynb #48164a7d
+def save_checkpoint(path, model, optimizer, scaler, step, mean=None):
     "Write everything that the rest of the run depends on."
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler and scaler.state_dict(), step=step)
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler and scaler.state_dict(), step=step, mean=mean and mean.state_dict())
     with atomic(path) as part: torch.save(state, part)
 
-def load_checkpoint(path, model, optimizer, scaler):  # -> steps done, 0 where there is no file
+def load_checkpoint(path, model, optimizer, scaler, mean=None):  # -> steps done, 0 where there is no file
     "Continue from a file of `save_checkpoint`. Raises `DataError` when it is damaged or of another network."
     if not Path(path).exists(): return 0
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
+        if mean: mean.load_state_dict(state['mean'])
     except Exception as e:
         raise DataError(f'{path} cannot be continued from ({str(e).splitlines()[0]}): delete it to start this stage again.') from None
     if scaler: scaler.load_state_dict(state['scaler'])
@@ -118,17 +120,19 @@ def _record(terms, step, steps, optimizer, speed):
 def _bar(accelerator, steps, start, label):   # one process shows it; TQDM_DISABLE in the environment hides it
     return tqdm(total=steps, initial=start, desc=label, **({} if accelerator.is_main_process else {'disable': True}))
 
-# %% ../nbs/30_training.ipynb #bd44b615
+# %% ../nbs/30_training.ipynb #877e39b4
 def fit(
     model,           # moved to the device and trained in place
-    losses,          # (model, batch) -> dict of scalars
+    losses,          # (model, batch) -> dict of scalars; `batch['progress']` runs from 0 to 1
     data,            # dataset addressed by (epoch, index)
     optimizer,       # any of torch.optim, over model's parameters
     out,             # folder: checkpoint.pt, log.jsonl, and in the end weights.safetensors
     epochs=8,        # how often each image is seen
     batch_size=16,   # per process
-    seed=0,          # of order, augmentation, dropout and mining
+    seed=0,          # of the order of images, and of `noise`
     power=.9,        # of the poly schedule
+    noise=None,      # seed of dropout and mining; None: `seed`
+    ema=0.,          # the weights kept are a running mean, of which each step leaves so much; 0: the last ones
     workers=0,       # processes that load images
     precision='no',  # 'no' (32 bit), 'bf16' or 'fp16'
     device='auto',   # 'auto' or 'cpu'
@@ -139,8 +143,9 @@ def fit(
     out, began = Path(out), time.time()
     accelerator = Accelerator(mixed_precision=precision, cpu=device == 'cpu')
     model, optimizer = accelerator.prepare(model, optimizer)
-    plain, checkpoint = accelerator.unwrap_model(model), out/'checkpoint.pt'
-    start = load_checkpoint(checkpoint, plain, optimizer, accelerator.scaler)
+    plain, checkpoint, noise = accelerator.unwrap_model(model), out/'checkpoint.pt', seed if noise is None else noise
+    mean = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+    start = load_checkpoint(checkpoint, plain, optimizer, accelerator.scaler, mean)
     if accelerator.is_main_process: _rewind(out/'log.jsonl', start)
     team = accelerator.num_processes   # they take turns in the list of batches
     batches = Batches(len(data), batch_size, epochs, seed, start*team)
@@ -150,20 +155,21 @@ def fit(
     model.train()
     with stop_signals() as stop, open(out/'log.jsonl', 'a') as log, _bar(accelerator, steps, start, label) as bar:
         for step, batch in enumerate(loader, start + 1):
-            torch.manual_seed(seed_of(seed, step, accelerator.process_index))
+            torch.manual_seed(seed_of(noise, step, accelerator.process_index))
             poly(optimizer, (step - 1)/steps, power)
-            terms = losses(model, batch)
+            terms = losses(model, {**batch, 'progress': (step - 1)/steps})
             optimizer.zero_grad()
             accelerator.backward(sum(terms.values()))
             optimizer.step()
+            if mean: mean.update_parameters(plain)
             if step % log_every == 0 or step == steps:
                 row = _record(terms, step, steps, optimizer, (step - start)*batch_size*team/(time.time() - began))
                 if accelerator.is_main_process: log.write(json.dumps(row) + '\n'); log.flush()
                 bar.set_postfix({k: f'{v:.3g}' for k, v in row.items() if k not in ('step', 'lr')}, refresh=False)
             bar.update()
             if accelerator.is_main_process and (step % epoch == 0 or step == steps or stop):
-                save_checkpoint(checkpoint, plain, optimizer, accelerator.scaler, step)
+                save_checkpoint(checkpoint, plain, optimizer, accelerator.scaler, step, mean)
             if stop: raise Stopped(f'{label} was stopped after step {step} of {steps}; start it again to continue.')
     if accelerator.is_main_process:
-        with atomic(out/'weights.safetensors') as part: save_file({k: v.cpu().contiguous() for k, v in plain.state_dict().items()}, part)
+        with atomic(out/'weights.safetensors') as part: save_file({k: v.cpu().contiguous() for k, v in (mean.module if mean else plain).state_dict().items()}, part)
     return time.time() - began

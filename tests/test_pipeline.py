@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 import numpy as np
 import papermill
 import pytest
@@ -14,7 +15,8 @@ from ppc import cli, pipeline, stages
 from ppc.data import DataError, TagFolder, read_mask
 from ppc.inference import read_cam, same_size
 from ppc.training import read_log
-from ppc.parameters import CamTraining, settings
+from ppc.parameters import CamTraining, Shared, settings
+from ppc.weights import read_weights
 from ppc.pipeline import run
 from ppc.stages import read_json
 
@@ -86,6 +88,47 @@ def test_damaged_metrics_are_named(done, scenes, tmp_path):
     with pytest.raises(DataError, match='metrics.json is damaged'): run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
 
 
+SHARED = dict(batch_size=4, crop=64, target=32, resize=[64, 96], scenes=12, closeups=32, warm_epochs=1, segmenter='none', refine='none', crf=False)
+
+
+def test_runs_share_what_they_have_in_common(tmp_path, monkeypatch):
+    "Scenes, starts and the baseline are made once; what differs is not mixed up; the numbers are those of a run alone."
+    trained = []
+    fit = stages.fit
+    monkeypatch.setattr(stages, 'fit', lambda *a, **k: trained.append(k['label']) or fit(*a, **k))
+    alone = run(tmp_path/'alone', ['seam', 'seam+ppc'], **SHARED, k=4)
+    assert trained == ['pretrain', 'cam', 'seam', 'seam+ppc']
+    shared = str(tmp_path/'shared')
+    found = run(tmp_path/'a', ['seam', 'seam+ppc'], **SHARED, k=4, shared=shared)
+    assert found['seed_miou'] == alone['seed_miou'] and trained[4:] == trained[:4]
+    assert run(tmp_path/'b', ['seam', 'seam+ppc'], **SHARED, k=8, shared=shared)['seed_miou']['seam'] == alone['seed_miou']['seam'] and trained[8:] == ['seam+ppc']
+    assert run(tmp_path/'c', ['seam+ppc'], **SHARED, k=4, shared=shared)['seed_miou']['seam+ppc'] == alone['seed_miou']['seam+ppc'] and len(trained) == 9
+    run(tmp_path/'d', ['seam'], **SHARED, seed=1, shared=shared)
+    assert trained[9:] == ['pretrain', 'cam', 'seam'] and TagFolder(tmp_path/'d'/'scenes').ids
+
+
+def test_two_runs_at_once_train_the_baseline_once(tmp_path):
+    code = 'import sys; from ppc.pipeline import run; run(sys.argv[1], ["seam"], shared=sys.argv[2], **eval(sys.argv[3]))'
+    both = [subprocess.Popen([sys.executable, '-c', code, tmp_path/n, tmp_path/'shared', repr({**SHARED, 'warm_epochs': 0, 'alpha': a})], stderr=subprocess.PIPE, text=True)
+            for n, a in (('a', .1), ('b', .2))]   # a weight of the contrast, which the baseline does not have
+    for p in both: assert p.communicate()[1] is not None and p.returncode == 0
+    assert len([*(tmp_path/'shared').glob('seam-*/')]) == 1 and (tmp_path/'a'/'seam').resolve() == (tmp_path/'b'/'seam').resolve()
+    assert read_json(tmp_path/'a'/'metrics.json')['seed_miou'] == read_json(tmp_path/'b'/'metrics.json')['seed_miou']
+
+
+@pytest.mark.parametrize('source', stages.CHANCE)
+def test_one_source_of_chance_at_a_time(scenes, tmp_path, source):
+    "With another seed for one of them the training is another; with the run's own seed it is the same."
+    p = settings(batch_size=4, crop=64, target=32, k=4, dropout=.5)
+    weights = []
+    for n, chance in enumerate(({}, {source: 0}, {source: 1})):
+        (tmp_path/str(n)).mkdir()
+        stages.train_cam(tmp_path/str(n), TagFolder(scenes), 'seam+ppc', p[Shared], replace(p[CamTraining], chance=chance), None)
+        weights.append(read_weights(tmp_path/str(n)/'weights.safetensors'))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
 def test_two_processes_do_not_share_a_run(scenes, tmp_path):
     with FileLock(tmp_path/'.lock'):
         code = f'from ppc.pipeline import run; run({str(tmp_path)!r}, ["cam"], data={str(scenes)!r})'
@@ -101,7 +144,7 @@ def test_parameters_are_checked(wrong, words):
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(methods=['sam']), "no method 'sam'"), (dict(backbone='resnet5000'), 'resnet5000'),
+    (dict(methods=['sam']), "no method 'sam'"), (dict(chance={'luck': 1}), 'init, order, views, noise'), (dict(backbone='resnet5000'), 'resnet5000'),
     (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
     (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid'),
     (dict(optimizer='adam'), "no 'adam'"), (dict(seg_options={'optimizer': 'sgd'}), "no 'sgd'"),

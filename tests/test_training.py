@@ -8,7 +8,7 @@ import pytest
 import torch
 from ppc.backbones import Tiny, load_weights, read_weights
 from ppc.data import DataError
-from ppc.training import Batches, read_log
+from ppc.training import Batches, fit, read_log
 
 RUN = '''
 import sys, torch
@@ -24,7 +24,7 @@ def record(*a):
     import time; time.sleep(slow); return plain(*a)
 training._record = record
 out.mkdir(exist_ok=True)
-p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4)
+p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4, ema=.9, ramp=.5)   # the running mean is resumed as well
 fit = training.fit
 import ppc.stages
 ppc.stages.fit = lambda *a, **k: fit(*a, **k, log_every=1)
@@ -78,6 +78,25 @@ def test_truncated_checkpoint_is_named(scenes, whole, tmp_path):
     (tmp_path/'checkpoint.pt').write_bytes((whole/'checkpoint.pt').read_bytes()[:5000])
     code, error = finish(start(scenes, tmp_path))
     assert code != 0 and 'checkpoint.pt' in error and 'delete it' in error
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, key): return {'x': torch.tensor(float(sum(key)))}
+
+
+def test_the_running_mean_by_hand(tmp_path):
+    "The first step's weights, and from there each step's at a tenth; and the progress that losses are told."
+    torch.manual_seed(0)
+    model, seen, told = torch.nn.Linear(1, 1), [], []
+    def losses(model, batch):
+        seen.append(model.weight.item()); told.append(batch['progress'])
+        return {'l': (model(batch['x'][:, None])**2).mean()}
+    fit(model, losses, Numbers(), torch.optim.SGD(model.parameters(), .01), tmp_path, 2, 4, device='cpu', ema=.9)
+    mean, *later = [*seen[1:], model.weight.item()]
+    for w in later: mean = .9*mean + .1*w
+    assert read_weights(tmp_path/'weights.safetensors')['weight'].item() == pytest.approx(mean, rel=1e-5) != pytest.approx(seen[-1], rel=1e-3)
+    assert told == [0, .25, .5, .75]
 
 
 def test_batches_are_a_permutation_each_epoch():
