@@ -56,7 +56,7 @@ def read_lines(
     except (OSError, UnicodeDecodeError) as e: return wrong(f'{path} cannot be read as UTF-8 text ({e}): save it again as UTF-8.') or []
     return [line.strip() for line in text.splitlines()] or ['']
 
-# %% ../nbs/00_data.ipynb #342891aa
+# %% ../nbs/00_data.ipynb #5441a15e
 def check_classes(
     names,        # background first
     path,         # of the file they stand in, for the messages
@@ -67,6 +67,7 @@ def check_classes(
     if not 2 <= len(counts) <= 255: wrong(f'{path} names {len(counts)} classes: it needs background and at least one more, 255 at most.')
     for n, k in counts.items():
         if k > 1: wrong(f'{path} names {n!r} more than once: each name may stand there once.')
+        if not n.strip(): wrong(f'{path} has a class without a name: give it one.')
         if len(n.split()) > 1: wrong(f'{path} has a space in the class {n!r}: write {"_".join(n.split())!r}, for spaces part the tags in tags.csv.')
 
 def read_classes(
