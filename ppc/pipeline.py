@@ -118,7 +118,7 @@ def config_of(method, *parts):
     without = {*alone, *(name for part, names in OF_PART.items() if part not in method.split('+') for name in names)}
     return {'method': method, **{k: v for k, v in config(*parts).items() if k not in without}}
 
-# %% ../nbs/39_pipeline.ipynb #068fb1f3
+# %% ../nbs/39_pipeline.ipynb #6fb565c2
 def all_stages(p, methods):
     "The stages of a `Plan`, in their order; returns what the run reports."
     data, start = p.lists[p.c.train_split], None
@@ -137,7 +137,8 @@ def all_stages(p, methods):
         masks = pseudo_masks(p, best, found[best])
         rows = segmentation(p, best) if p.g.segmenter != 'none' else []
         result['table'] += [row for row in (masks, *rows) if row not in result['table']]   # seeds + CRF may be there already
-        result |= {'best': best, 'mask_miou': masks['miou'], 'segmentation_miou': rows[0]['miou'] if rows else None}
+        iou = {name: read_json(f).get('iou') if (f := p.out/name/'metrics.json').is_file() else None for name in ('masks', 'segmentation')}   # of each class
+        result |= {'best': best, 'mask_miou': masks['miou'], 'mask_iou': iou['masks'], 'segmentation_miou': rows[0]['miou'] if rows else None, 'segmentation_iou': iou['segmentation']}
     for row in result['table']: row['saliency'] = saliency_source(data.root) if 'eps' in row['method'].split('+') else None
     peak = max(read_json(f)['peak_memory_mb'] for depth in ('*', '*/*') for f in p.out.glob(f'{depth}/metrics.json'))
     return result | {'peak_memory_mb': peak, 'parameters': config(p.s, p.c, p.seeds, p.r, p.g), **provenance()}
@@ -161,7 +162,7 @@ def cam_folder(p, m, data):
     stage(folder, config_of(m, p.s, p.c, p.seeds), lambda f: make_cams(f, data, weights, m, p.s, p.c, p.seeds))
     return folder
 
-# %% ../nbs/39_pipeline.ipynb #063fef1e
+# %% ../nbs/39_pipeline.ipynb #bd07809e
 def table_row(stage, method, data, miou, tags, start, threshold=None, chosen=None):
     return {'stage': stage, 'method': method, 'list': data.split, 'images': len(data), 'truth': None if miou is None else 'SegmentationClass',
             'threshold': threshold, 'threshold from': chosen, 'tags at test time': tags, 'start': start, 'miou': miou}
@@ -175,7 +176,8 @@ def seed_table(p, found):
         for name in ('seed', 'crf') if p.seeds.crf else ('seed',):
             rows.append(table_row({'seed': 'seed', 'crf': '+CRF'}[name], m, data, f[name]['miou'], True, p.start(), f['threshold'], threshold_from(p)))
     return {'seed_miou': {m: f['seed']['miou'] for m, f in found.items()}, 'seed_threshold': {m: f['threshold'] for m, f in found.items()},
-            'seed_crf_miou': {m: f['crf']['miou'] for m, f in found.items()}, 'table': rows}
+            'seed_crf_miou': {m: f['crf']['miou'] for m, f in found.items()}, 'seed_iou': {m: f['seed'].get('iou') for m, f in found.items()},
+            'seed_crf_iou': {m: f['crf'].get('iou') for m, f in found.items()}, 'table': rows}
 
 def best_method(found):
     "The one with the best seeds; without masks to tell, the last."
