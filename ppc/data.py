@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'FORMATS', 'MEAN', 'STD', 'DataError', 'refuse', 'atomic', 'read_lines', 'check_classes', 'read_classes',
            'read_rows', 'read_tags', 'image_id', 'TagFolder', 'image_files', 'split_ids', 'match_split', 'match_rows',
            'read_image', 'read_mask', 'read_saliency', 'voc_palette', 'write_mask', 'check', 'file_problems',
-           'RandomLongEdge', 'Saliency', 'normalise', 'augmentation', 'seed_of', 'TrainingViews']
+           'RandomLongEdge', 'Saliency', 'normalise', 'augmentation', 'finish', 'seed_of', 'TrainingViews']
 
 # %% ../nbs/00_data.ipynb #fab55258
 import csv, math, os
@@ -321,7 +321,7 @@ F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
 for f, kernel in {F.resize: F.resize_image, F.horizontal_flip: F.horizontal_flip_image, F.pad: F.pad_image, F.crop: F.crop_image}.items():
     F.register_kernel(f, Saliency)(lambda x, *a, kernel=kernel, **kw: tv_tensors.wrap(kernel(x.as_subclass(torch.Tensor), *a, **kw), like=x))
 
-# %% ../nbs/00_data.ipynb #92452d27
+# %% ../nbs/00_data.ipynb #db46372a
 def normalise(
     image, # `PIL.Image` in RGB
 ):         # (3, H, W) float
@@ -334,11 +334,19 @@ def augmentation(
     jitter=(.3, .3, .3, .1), # strength in brightness, contrast, saturation, hue
     relative=False,          # resize is a factor from..to on the image's own size; (1, 1): left as it is
 ):                           # works on an image, or on an image with a mask, a saliency map, or both
-    "The paper's training augmentation. Outside the image there are zeros, in the mask 255."
+    "The paper's training augmentation, in bytes. The image has a fourth channel, 0 outside of it; there the mask is 255."
     return v2.Compose([
-        RandomLongEdge(*resize, relative), v2.RandomHorizontalFlip(), v2.ColorJitter(*jitter),
-        v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, 'others': None}, scale=True), v2.Normalize(MEAN, STD),
+        RandomLongEdge(*resize, relative), v2.RandomHorizontalFlip(), v2.ColorJitter(*jitter), v2.ToImage(), v2.Lambda(_opaque, tv_tensors.Image),
         v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255, Saliency: 0})])
+
+def _opaque(x): return tv_tensors.Image(torch.cat([x, torch.full_like(x[:1], 255)]))
+
+def finish(
+    x, # (..., 4, H, W) bytes, as from `augmentation`
+):     # (..., 3, H, W) float
+    "Normalised, and zero outside the image. For one image, or for a whole batch where it already is on the GPU."
+    rgb = F.normalize(F.to_dtype(x[..., :3, :, :], torch.float32, scale=True), MEAN, STD)
+    return torch.where(x[..., 3:, :, :] > 0, rgb, 0)
 
 # %% ../nbs/00_data.ipynb #cfe3312b
 def seed_of(
@@ -347,9 +355,9 @@ def seed_of(
     "One seed from several numbers, such that neighbours have nothing in common."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-# %% ../nbs/00_data.ipynb #9c137dea
+# %% ../nbs/00_data.ipynb #abfa4546
 class TrainingViews(Dataset):
-    "Augmented items of a folder, addressed by (epoch, index): dict of image (3, S, S), tags (C,), index; mask (S, S) and saliency (1, S, S) if asked for."
+    "Augmented items of a folder, addressed by (epoch, index): dict of image (3, S, S), tags (C,), index; mask (S, S) and saliency (1, S, S) if asked for. Batches are to be passed through `finish`."
     def __init__(self,
         folder,    # `TagFolder`
         transform, # as from `augmentation`
@@ -362,9 +370,11 @@ class TrainingViews(Dataset):
         self.folder, self.transform, self.seed, self.masks, self.saliency, self.edge = folder, transform, seed, masks, saliency, edge
 
     def __len__(self): return len(self.folder)
+    def __getitem__(self, key): return self.finish(self._item(*key))
+    def __getitems__(self, keys): return [self._item(*key) for key in keys]   # what a `DataLoader` asks for: images still in bytes
+    def finish(self, batch): return {**batch, 'image': finish(batch['image'])}  # of a batch, or of one item
 
-    def __getitem__(self, key):
-        epoch, i = key
+    def _item(self, epoch, i):
         item = {'tags': self.folder.tags[i], 'index': i}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, epoch, i))

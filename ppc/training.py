@@ -120,11 +120,11 @@ def _record(terms, step, steps, optimizer, speed):
 def _bar(accelerator, steps, start, label):   # one process shows it; TQDM_DISABLE in the environment hides it
     return tqdm(total=steps, initial=start, desc=label, **({} if accelerator.is_main_process else {'disable': True}))
 
-# %% ../nbs/30_training.ipynb #877e39b4
+# %% ../nbs/30_training.ipynb #813238e7
 def fit(
     model,           # moved to the device and trained in place
     losses,          # (model, batch) -> dict of scalars; `batch['progress']` runs from 0 to 1
-    data,            # dataset addressed by (epoch, index)
+    data,            # dataset addressed by (epoch, index); its method `finish`, if it has one, works on whole batches, on the device
     optimizer,       # any of torch.optim, over model's parameters
     out,             # folder: checkpoint.pt, log.jsonl, and in the end weights.safetensors
     epochs=8,        # how often each image is seen
@@ -151,13 +151,13 @@ def fit(
     batches = Batches(len(data), batch_size, epochs, seed, start*team)
     loader = accelerator.prepare(DataLoader(data, batch_sampler=batches, num_workers=workers))
     steps, epoch = batches.steps//team, max(1, batches.per_epoch//team)
-    log_every = log_every or max(1, steps//200)
+    log_every, finish = log_every or max(1, steps//200), getattr(data, 'finish', dict)
     model.train()
     with stop_signals() as stop, open(out/'log.jsonl', 'a') as log, _bar(accelerator, steps, start, label) as bar:
         for step, batch in enumerate(loader, start + 1):
             torch.manual_seed(seed_of(noise, step, accelerator.process_index))
             poly(optimizer, (step - 1)/steps, power)
-            terms = losses(model, {**batch, 'progress': (step - 1)/steps})
+            terms = losses(model, {**finish(batch), 'progress': (step - 1)/steps})
             optimizer.zero_grad()
             accelerator.backward(sum(terms.values()))
             optimizer.step()

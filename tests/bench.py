@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from ppc.contrast import PAPER, PixelToPrototypeContrast
 from ppc.crf import IRN, Pairwise, mean_field
-from ppc.data import TagFolder, TrainingViews, augmentation, read_image, write_mask
+from ppc.data import TagFolder, TrainingViews, augmentation, finish, read_image, write_mask
 from ppc.folders import report
 from ppc.mining import share
 from ppc.scenes import CLASSES, scene
@@ -219,13 +219,14 @@ def loader():
         with tempfile.TemporaryDirectory() as folder:
             data = photographs(Path(folder))
             views, ms, found = TrainingViews(data, augmentation(), edge=768), {}, [None]*len(data)
-            steps = {'decode': lambda i, x: data.image(i), **{type(t).__name__: lambda i, x, t=t: t(x) for t in views.transform.transforms}}
+            steps = {'decode': lambda i, x: data.image(i), **{type(t).__name__: lambda i, x, t=t: t(x) for t in views.transform.transforms},
+                     'finish': lambda i, x: finish(x)}
             for name, step in steps.items():
                 began = time.perf_counter()
                 found = [step(i, x) for i, x in enumerate(found)]
                 ms[f'{name}_ms'] = 1000*(time.perf_counter() - began)/len(data)
             began = time.perf_counter()
-            for i in range(len(data)): views[0, i]
+            for k in range(0, len(data), 8): views.__getitems__([(0, i) for i in range(k, k + 8)])
             loaded = len(data)/(time.perf_counter() - began)
             began = time.perf_counter()
             report(folder, workers=1)

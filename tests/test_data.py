@@ -208,6 +208,9 @@ def test_saliency_and_mask_leave_the_image_as_it_is(scenes):
     batch = next(iter(DataLoader(along, batch_sampler=Batches(16, 4, 1), num_workers=1)))
     assert batch['saliency'].shape == (4, 1, 112, 112) and type(batch['saliency']) is torch.Tensor
     assert ((batch['saliency'] > .5) == (batch['mask'] % 255 > 0)[:, None]).float().mean() > .9
+    assert batch['image'].dtype == torch.uint8
+    whole = along.finish(batch)['image']
+    for x, i, key in zip(whole, batch['index'].tolist(), next(iter(Batches(16, 4, 1)))): assert key[1] == i and torch.equal(x, along[key]['image'])   # one by one the same
 
 
 # Photographs as people have them. Colours are compared with what was painted, within what JPEG loses.
