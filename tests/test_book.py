@@ -15,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 BOOK = sorted((ROOT/'nbs').glob('*.ipynb'))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def no_runs_of_an_earlier_edition(): shutil.rmtree(ROOT/'runs'/'book', ignore_errors=True)   # they would be refused where a parameter is new
+
+
 @pytest.fixture(scope='module')
 def fresh(tmp_path_factory):
     "The repository's sources, cleaned and exported again."
