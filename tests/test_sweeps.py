@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 import nbformat
@@ -30,11 +31,11 @@ seed: int = 0
 lr: float = 1e-3
 options: dict = {}
 steps: int = 3
-pause: float = 0.
 block: str = ''   # fails as long as this file is there
 trouble: str = '' # once, after the second step: 'kill' the kernel, or 'hang' in a call that lets no other thread go on"""
 
-# As ppc.pipeline.run does: one lock, a checkpoint for each step, metrics.json last and in one step. It notes what it does.
+# As ppc.pipeline.run does: one lock, a checkpoint for each step, metrics.json last and in one step. It notes what it does,
+# and after its second step waits as long as there is a file wait-<k>.
 WORK = """
 import ctypes, json, os, random, signal, time
 from pathlib import Path
@@ -57,13 +58,14 @@ with FileLock(out/'.lock', timeout=0):
     if block and Path(block).exists(): raise ValueError('This is a long story.\\nThe file is in the way.')
     found = json.loads((out/'checkpoint.json').read_text()) if (out/'checkpoint.json').exists() else []
     while len(found) < steps:
-        time.sleep(pause)
         note(f'step {len(found)}')
         found.append(random.Random(f'{k} {seed} {len(found)}').random())
         write(out/'checkpoint.json', found)
-        if len(found) == 2 and trouble == 'kill': os.kill(os.getpid(), signal.SIGKILL)
-        if len(found) == 2 and trouble == 'hang':
-            ctypes.PyDLL(None).sleep(4)
+        if len(found) != 2: continue
+        note('waits')
+        while Path(f'wait-{k}').exists(): time.sleep(.02)
+        if trouble == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+        if trouble == 'hang': ctypes.PyDLL(None).sleep(4)
     write(out/'metrics.json', {'miou': sum(found)/steps, 'seconds': time.time(), 'parameters': {'k': k, 'seed': seed, 'lr': lr, 'options': options, 'steps': steps}})"""
 
 
@@ -90,7 +92,7 @@ def pids(folder):
     return [p for i, p in enumerate(found) if i == 0 or found[i - 1] != p]
 
 
-def until(true, seconds=30):
+def until(true, seconds=60):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, 'waited too long'
@@ -102,8 +104,17 @@ def alive(pid):
     except (FileNotFoundError, ProcessLookupError): return False
 
 
+@contextmanager
+def held(*ks):
+    "Runs with these k go no further than their second step."
+    for k in ks: Path(f'wait-{k}').touch()
+    try: yield
+    finally:
+        for k in ks: Path(f'wait-{k}').unlink()
+
+
 def driver(*arguments, **parameters):
-    process = FRESH.Process(target=sweep, args=arguments, kwargs=parameters)
+    process = FRESH.Process(target=sweep, args=arguments, kwargs=parameters, daemon=True)
     process.start()
     return process
 
@@ -247,51 +258,60 @@ def test_a_killed_kernel_goes_on_from_its_checkpoint(toy):
 
 def test_a_killed_driver_loses_its_running_cell(toy):
     settings = grid(k=[0, 1, 2])
-    killed = driver(toy, settings, 'runs', steps=6, pause=.1)
-    until(lambda: len(noted('runs/k=1', 'step')) == 3)
-    assert [*state('runs', settings).state] == ['done', 'running', 'waiting']
-    killed.kill(); killed.join()
-    assert sweep(toy, settings, 'runs', steps=6, pause=.1, retries=0) == [('k=0', 'done'), ('k=1', 'done'), ('k=2', 'done')]
-    assert [len(noted(f'runs/k={k}', 'begin')) for k in range(3)] == [1, 2, 1] and len(pids('runs/k=1')) == 2
-    steps = noted('runs/k=1', 'step')
-    assert sorted({*steps}) == [*'012345'] and len(steps) <= 7   # at most the step that was cut off is made twice
+    with held(1):
+        killed = driver(toy, settings, 'runs')
+        until(lambda: noted('runs/k=1', 'waits'))
+        assert [*state('runs', settings).state] == ['done', 'running', 'waiting']
+        killed.kill()
+        killed.join()
+        assert [*state('runs', settings).state] == ['done', 'waiting', 'waiting']
+        orphan, = pids('runs/k=1')
+        until(lambda: not alive(orphan))   # it has seen that its parent has gone
+    assert sweep(toy, settings, 'runs', retries=0) == [('k=0', 'done'), ('k=1', 'done'), ('k=2', 'done')]
+    assert [len(noted(f'runs/k={k}', 'begin')) for k in range(3)] == [1, 2, 1]
+    assert noted('runs/k=1', 'step') == ['0', '1', '2']   # from the checkpoint
 
 
 def test_a_kernel_that_outlives_its_driver_is_waited_for(toy):
     "In a call that blocks every thread it cannot notice that its parent has gone, and holds the run's own lock."
     killed = driver(toy, grid(k=[1]), 'runs', trouble='hang')
-    until(lambda: len(noted('runs/k=1', 'step')) == 2)
-    time.sleep(.3)
-    killed.kill(); killed.join()
+    until(lambda: noted('runs/k=1', 'waits'))
+    time.sleep(.2)
+    killed.kill()
+    killed.join()
     orphan, = pids('runs/k=1')
     time.sleep(1.5)
     assert alive(orphan)
-    assert sweep(toy, grid(k=[1]), 'runs', trouble='hang', retries=0) == [('k=1', 'done')]
-    assert len(pids('runs/k=1')) == 2 and sorted(noted('runs/k=1', 'step')) == ['0', '1', '2']
+    assert sweep(toy, grid(k=[1]), 'runs', trouble='hang', retries=0) == [('k=1', 'done')]   # had it not waited, the lock would have made it fail
+    assert len(pids('runs/k=1')) == 2 and noted('runs/k=1', 'step')[:3] == ['0', '1', '2']   # the orphan may still have begun the third
     until(lambda: not alive(orphan))
 
 
 def test_drivers_side_by_side_share_the_work(toy):
     settings = grid(k=[0, 1, 2])
     with ProcessPoolExecutor(2, FRESH) as two:
-        found = [f.result() for f in [two.submit(sweep, toy, settings, 'runs', pause=.3) for _ in range(2)]]
-    for k in range(3): assert len(noted(f'runs/k={k}', 'begin')) == 1 and 'done' in {dict(f)[f'k={k}'] for f in found} <= {'done', 'elsewhere'}
-    assert any('elsewhere' in dict(f).values() for f in found) and len(runs('runs')) == 3
+        with held(0):
+            both = [two.submit(sweep, toy, settings, 'runs') for _ in range(2)]
+            until(lambda: noted('runs/k=2', 'end'))   # one is busy with the first run, the other passes by
+        found = [dict(f.result()) for f in both]
+    assert sorted(f['k=0'] for f in found) == ['done', 'elsewhere'] and len(runs('runs')) == 3
+    for k in range(3): assert len(noted(f'runs/k={k}', 'begin')) == 1 and 'done' in {f[f'k={k}'] for f in found} <= {'done', 'elsewhere'}
 
 
 def interrupted():
-    with local(2) as two: sweep('toy.ipynb', grid(k=[0, 1, 2]), 'runs', two, steps=100, pause=.1)
+    with local(2) as two: sweep('toy.ipynb', grid(k=[0, 1, 2]), 'runs', two)
 
 
 def test_ctrl_c_ends_the_driver_and_its_kernels(toy):
-    process = FRESH.Process(target=interrupted)
-    process.start()
-    until(lambda: all(noted(f'runs/k={k}', 'step') for k in (0, 1)))
-    os.kill(process.pid, signal.SIGINT)
-    process.join(5)
-    assert process.exitcode == 1 and not noted('runs/k=2', 'begin')
-    until(lambda: not any(alive(pids(f'runs/k={k}')[0]) for k in (0, 1)), 5)
-    assert {*state('runs', grid(k=[0, 1, 2])).state} <= {'waiting', 'failed'}
+    process = FRESH.Process(target=interrupted, daemon=True)
+    with held(0, 1):
+        process.start()
+        until(lambda: all(noted(f'runs/k={k}', 'waits') for k in (0, 1)))
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        assert process.exitcode == 1 and not noted('runs/k=2', 'begin')
+        until(lambda: not any(alive(pids(f'runs/k={k}')[0]) for k in (0, 1)))
+    assert not runs('runs')
 
 
 # --- engines --------------------------------------------------------------------------------------------------------------------
@@ -299,7 +319,7 @@ def test_ctrl_c_ends_the_driver_and_its_kernels(toy):
 def test_threads_share_the_cores(toy, monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(sweeps.torch, 'get_num_threads', lambda: 6)
-    with local(2) as two: assert sweep(toy, grid(k=[0, 1]), 'runs', two, pause=.5) == [('k=0', 'done'), ('k=1', 'done')]
+    with local(2) as two: assert sweep(toy, grid(k=[0, 1]), 'runs', two) == [('k=0', 'done'), ('k=1', 'done')]
     for k in (0, 1): assert noted(f'runs/k={k}', 'begin')[0].split()[-1] == '3'
     assert 'OMP_NUM_THREADS' not in os.environ
     monkeypatch.setenv('OMP_NUM_THREADS', '5')
@@ -318,20 +338,20 @@ def test_dask_loses_a_worker(toy, tmp_path):
     "A local cluster of two processes, one of them killed in the middle of a run: everything is done, with the numbers of a serial sweep."
     import dask
     from dask.distributed import Client, LocalCluster
-    settings = grid(k=[0, 1, 2])
+    settings, found = grid(k=[0, 1, 2]), []
     dask.config.set({'distributed.worker.multiprocessing-method': 'forkserver'})
     with LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)) as cluster, Client(cluster) as client:
-        found = []
-        at_work = threading.Thread(target=lambda: found.extend(sweep(toy, settings, 'dask', client.get_executor().map, steps=6, pause=.2)))
-        at_work.start()
-        until(lambda: len(noted('dask/k=0', 'step')) >= 3)
-        worker = int(Path('dask/k=0/log.txt').read_text().split()[1])
-        assert worker in client.run(os.getpid).values()
-        os.kill(worker, signal.SIGKILL)
+        at_work = threading.Thread(target=lambda: found.extend(sweep(toy, settings, 'dask', client.get_executor().map)))
+        with held(0):
+            at_work.start()
+            until(lambda: noted('dask/k=0', 'waits'))
+            worker = int(Path('dask/k=0/log.txt').read_text().split()[1])
+            assert worker in client.run(os.getpid).values()
+            os.kill(worker, signal.SIGKILL)
         at_work.join(60)
-    assert found == [(name_of(s), 'done') for s in settings]
-    assert len(noted('dask/k=0', 'begin')) == 2 and len(pids('dask/k=0')) == 2
-    assert sweep(toy, settings, 'serial', steps=6) == found and plain(runs('dask')) == plain(runs('serial'))
+    assert found == [('k=0', 'done'), ('k=1', 'done'), ('k=2', 'done')]
+    assert len(pids('dask/k=0')) == 2
+    assert sweep(toy, settings, 'serial') == found and plain(runs('dask')) == plain(runs('serial'))
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------------------
