@@ -177,7 +177,7 @@ def in_words(table):  # -> one line
 
 def _clock(seconds): return '' if pd.isna(seconds) else str(timedelta(seconds=round(seconds)))
 
-# %% ../nbs/40_sweeps.ipynb #62db4cfa
+# %% ../nbs/40_sweeps.ipynb #bd8016b4
 LINES = 40  # of the table in a terminal; of a longer one, only what is running or has failed is shown
 
 @contextmanager
@@ -211,7 +211,7 @@ def _tell(look, every, stop):  # until it shall stop, and then once more
     while not last:
         last, before, table = stop.wait(every), table, look()
         changed = table[table.state != before.state]
-        for r in changed.itertuples(): print(f'{r.run}: {r.state} {r.message or _clock(r.seconds)}', file=sys.stderr)
+        for r in changed.itertuples(): print(f'{r.run}: {r.state}', r.message or _clock(r.seconds)*(r.state == 'done'), file=sys.stderr)
         if len(changed): print(in_words(table), file=sys.stderr, flush=True)
 
 # %% ../nbs/40_sweeps.ipynb #b3dcc55c

@@ -339,8 +339,8 @@ def test_dask_loses_a_worker(toy, tmp_path):
     import dask
     from dask.distributed import Client, LocalCluster
     settings, found = grid(k=[0, 1, 2]), []
-    dask.config.set({'distributed.worker.multiprocessing-method': 'forkserver'})
-    with LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)) as cluster, Client(cluster) as client:
+    fresh = dask.config.set({'distributed.worker.multiprocessing-method': 'forkserver'})
+    with fresh, LocalCluster(2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path)) as cluster, Client(cluster) as client:
         at_work = threading.Thread(target=lambda: found.extend(sweep(toy, settings, 'dask', client.get_executor().map)))
         with held(0):
             at_work.start()
