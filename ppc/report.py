@@ -101,7 +101,7 @@ def settings_tables(run):
     changed = [[k, words(v), words(usual[k]) if k in usual else 'not known'] for k, v in other.items()]
     return Table('Settings of its own', ['parameter', 'here', 'default'], changed), Table('At their defaults', ['parameter', 'value'], rest)
 
-# %% ../nbs/47_report.ipynb #f2846cc0
+# %% ../nbs/47_report.ipynb #6dfcb705
 def measures(run):  # {name: mIoU in percent or None}
     "The numbers of a run that are compared between runs."
     m = run.metrics
@@ -119,9 +119,11 @@ def runs_table(runs):
     rows = [[link(n, r.folder.name), *cells(r)] for n, r in enumerate(runs, 1)]
     return Table('Every run: settings of its own, mIoU in %, time', ['run', *own, *names, 'time'], rows)
 
-def by_setting(runs):  # settings without the seed, in words -> runs
+def by_setting(runs):  # settings without the seed, in words -> runs; one that tells neither stays alone
     groups = {}
-    for r in runs: groups.setdefault(', '.join(f'{k}: {words(v)}' for k, v in r.own.items() if k != 'seed') or 'all runs', []).append(r)
+    for r in runs:
+        told = ', '.join(f'{k}: {words(v)}' for k, v in r.own.items() if k != 'seed')
+        groups.setdefault(told or ('all runs' if 'seed' in r.own else r.folder.name), []).append(r)
     return groups
 
 def seeds_table(runs):

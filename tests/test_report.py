@@ -172,6 +172,12 @@ def test_without_settings_the_difference_tells(tmp_path):
     assert tables(report_page(tmp_path/'runs', tmp_path/'page.html'))['Mean ± standard deviation over seeds, mIoU in %'][1] == ['all runs', '2', '30.5 ± 0.7']
 
 
+def test_runs_that_tell_nothing_are_not_averaged(tmp_path):
+    for name in 'ab': put(tmp_path/'runs', name, {'seed_miou': {'cam': 30.}})
+    page = report_page(tmp_path/'runs', tmp_path/'page.html')
+    assert 'Mean ± standard deviation over seeds, mIoU in %' not in tables(page) and '±' not in sound(page).get_text()
+
+
 def evil_runs(root, run):
     "Two runs whose classes, folders, settings, device and data are markup, or LaTeX."
     evil = '<img/src=x/onerror=document.title=1>'
