@@ -107,7 +107,7 @@ def read_chapter(
     names = [n for c in cells if exported(c) for n in exports(c.source, stem, module)]
     return Chapter(stem, heads[0][1], cells, module, names, heads[1:])
 
-# %% ../nbs/48_pages.ipynb #18ae581e
+# %% ../nbs/48_pages.ipynb #73961da9
 def output(o, alt):  # of a code cell -> HTML
     "A picture, a table or text."
     if o.output_type == 'stream': return f'<pre class="said">{html.escape(o.text)}</pre>'
@@ -142,7 +142,7 @@ def body(chapter, places):  # -> HTML
     for cell in chapter.cells:
         if cell.cell_type == 'markdown':
             parts.append(prose(cell.source, places))
-            section = (re.findall(r'^#+ (.*)', cell.source, re.M) or [section])[-1]
+            section = (re.findall(r'^##+ (.*)', cell.source, re.M) or [section])[-1]
         elif cell.cell_type == 'code': parts.append(code_cell(cell, f'Figure of the section: {section}', chapter.module))
     return Markup('\n'.join(parts))
 
