@@ -1,7 +1,7 @@
 # Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10 and make; the tests also a C++ compiler.
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: install demo test bench lab export crf-if-possible
+.PHONY: install demo test bench lab docs export crf-if-possible
 
 install: .venv/ready
 
@@ -17,6 +17,11 @@ bench: .venv/ready crf-if-possible
 
 lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+# The book as linked pages that open from disk, as the notebooks are: nothing is executed
+docs: .venv/ready
+	rm -rf _docs
+	$(BIN)/python -c "from ppc.pages import book_pages; print('open', book_pages('nbs', '_docs')[0])"
 
 # After a change in nbs/: strip what execution leaves behind, then write ppc/ anew
 export: .venv/ready
