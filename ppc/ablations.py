@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEED', 'OURS', 'BASELINES', 'PLAIN', 'COMPONENTS', 'SEEDS', 'K', 'TRANSFORMS', 'WITH', 'REFINEMENT', 'SEGMENTATION',
-           'PRESETS', 'SOURCES', 'VARIANCE', 'TABLES', 'Table', 'cells', 'settings_of', 'switched']
+           'BEYOND', 'PRESETS', 'SOURCES', 'VARIANCE', 'TABLES', 'SEEDS_ONLY', 'BUDGETS', 'Table', 'cells', 'reported',
+           'settings_of', 'switched']
 
 # %% ../nbs/45_ablations.ipynb #56f9f3ba
 from typing import NamedTuple
@@ -22,6 +23,9 @@ class Table(NamedTuple):
 
 def cells(table):  # -> {(row, column): parameters, with SEED}
     return {(r, c): {**row, **more, 'seed': row.get('seed', SEED)} for r, row in table.rows.items() for c, (more, _) in table.columns.items()}
+
+# %% ../nbs/45_ablations.ipynb #b363ba6a
+def reported(table, row, column): return dict(zip(table.columns, table.paper.get(row, ()))).get(column)  # %, None where the paper has no number
 
 # %% ../nbs/45_ablations.ipynb #90a0398a
 def settings_of(
@@ -65,20 +69,22 @@ TRANSFORMS = Table(
     SEEDS, 'rescale',
     {name: (miou, None) for name, miou in {'none': 47.43, 'rescale': 61.54, 'rescale, flip': 61.63, 'rescale, rotation': 58.57, 'rescale, translation': 59.31}.items()})
 
-# %% ../nbs/45_ablations.ipynb #713da323
+# %% ../nbs/45_ablations.ipynb #fe33c708
 WITH = {'SEAM': BASELINES['SEAM'], 'Ours w/ SEAM': OURS, 'EPS': {'methods': ['eps']}, 'Ours w/ EPS': {'methods': ['eps+seam+ppc'], 'k': 16, 'options': {'level': .1}}}
 REFINEMENT = Table(
     WITH, {'Seed': ({'refine': 'psa'}, 'seed_miou'), '+CRF': ({'refine': 'psa'}, 'seed_crf_miou'), 'PSA': ({'refine': 'psa'}, 'mask_miou'), 'IRN': ({'refine': 'irn'}, 'mask_miou')}, 'SEAM',
     {'SEAM': (55.4, 56.8, 63.6, None), 'Ours w/ SEAM': (61.5, 64.0, 69.2, 70.1), 'EPS': (69.5, 71.4, 71.6, None), 'Ours w/ EPS': (70.5, 73.3, 73.3, None)})
 SEGMENTATION = Table(
-    WITH, {'LargeFOV': ({'segmenter': 'largefov'}, 'segmentation_miou'), 'ASPP': ({'segmenter': 'aspp'}, 'segmentation_miou')}, 'SEAM',
+    WITH, {'LargeFOV': ({'refine': 'psa', 'segmenter': 'largefov'}, 'segmentation_miou'), 'ASPP': ({'refine': 'psa', 'segmenter': 'aspp'}, 'segmentation_miou')}, 'SEAM',
     {'SEAM': (64.5, None), 'Ours w/ SEAM': (67.7, None), 'EPS': (71.0, 70.9), 'Ours w/ EPS': (72.3, 72.6)})
 
-# %% ../nbs/45_ablations.ipynb #71fe8329
+# %% ../nbs/45_ablations.ipynb #0aa77c47
+BEYOND = {'background lowest': {'background': 'lowest'}, 'grid 6': {'grid': 6}}   # choices that are in neither reading
+
 def switched(one, other):  # names of readings -> rows: one, and one with each option as in the other
-    a, b = READINGS[one], READINGS[other]
-    options = {k: vars(b)[k] for k in vars(a) if vars(a)[k] != vars(b)[k]}
-    return {one: {**OURS, 'reading': one}, **{f'{one}, {k}': {**OURS, 'reading': one, 'options': {k: v}} for k, v in options.items()}}
+    a, b = vars(READINGS[one]), vars(READINGS[other])
+    options = {**{k: {k: b[k]} for k in a if a[k] != b[k]}, **BEYOND}
+    return {one: {**OURS, 'reading': one}, **{f'{one}, {name}': {**OURS, 'reading': one, 'options': o} for name, o in options.items()}}
 
 PRESETS = Table({'SEAM': BASELINES['SEAM'], **switched('paper', 'official'), **switched('official', 'paper')}, SEEDS, 'SEAM', {})
 
@@ -86,6 +92,13 @@ SOURCES = ('init', 'order', 'views', 'noise')
 def _by(*sources, **more): return {**OURS, **more, 'seed': 0, 'chance': dict.fromkeys(sources, SEED)}
 VARIANCE = Table(
     {'all': _by(*SOURCES), **{s: _by(s) for s in SOURCES}, 'SEAM, all': {**_by(*SOURCES), **BASELINES['SEAM']},
-     'ema': _by(*SOURCES, ema=.98), 'ramp': _by(*SOURCES, ramp=.5), 'ema, ramp': _by(*SOURCES, ema=.98, ramp=.5)},
-    SEEDS, 'all', {})
+     'mean of weights': _by(*SOURCES, ema=.98), 'slow contrast': _by(*SOURCES, ramp=.5), 'both': _by(*SOURCES, ema=.98, ramp=.5)},
+    {'train': ({}, 'seed_miou'), 'plain CAM': ({'refined': False}, 'seed_miou')}, 'all', {})
 TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE)
+
+# %% ../nbs/45_ablations.ipynb #d77489a9
+SEEDS_ONLY = dict(refine='none', segmenter='none')   # unless a column asks for more
+BUDGETS = {
+    'short': dict(scenes=16, closeups=32, batch_size=8, resize=[64, 96], crop=64, target=32, seg_options=dict(crop=64), refine_options=dict(crop=64), **SEEDS_ONLY),
+    'scenes': dict(scenes=320, closeups=2400, pretrain_epochs=8, warm_epochs=10, target=96, epochs=3, batch_size=16, **SEEDS_ONLY),
+    'animals': dict(seed_split='train_masks', output_stride=16, resize=[256, 440], crop=256, target=128, epochs=3, batch_size=16, lr=1e-4, scales=[1.0, 1.5], **SEEDS_ONLY)}

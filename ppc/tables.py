@@ -6,15 +6,15 @@
 __all__ = ['numbers', 'over_seeds', 'paired', 'differences', 'beside', 'markdown', 'in_words', 'per_class', 'common',
            'difference_plot', 'spread', 'table_of']
 
-# %% ../nbs/46_tables.ipynb #4c019613
+# %% ../nbs/46_tables.ipynb #5365af28
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy import stats
 from .parameters import settings
-from .ablations import SEED, Table, cells
+from .ablations import SEED, Table, cells, reported
 
-# %% ../nbs/46_tables.ipynb #67069e5e
+# %% ../nbs/46_tables.ipynb #4ce2114a
 def numbers(
     runs,  # of `ppc.sweeps.runs`
     table, # `Table`
@@ -29,7 +29,7 @@ def numbers(
 def _matches(runs, table):
     for run in runs:
         for (r, c), parameters in cells(table).items():
-            if (seed := _seed_in(parameters, run['settings'])) is not None: yield run, r, c, seed
+            if (seed := _seed_in(parameters, {'seed': run['metrics'].get('parameters', {}).get('seed', 0), **run['settings']})) is not None: yield run, r, c, seed
 
 def _read(run, name):  # 'seed_miou', or 'seed_miou/seam' where a run has several methods
     found = run['metrics']
@@ -70,15 +70,15 @@ def differences(found, against):  # -> DataFrame like `numbers`: each value minu
     there = found[found.row == against].set_index(['column', 'seed']).value.rename('there')
     return found.join(there, on=['column', 'seed']).assign(value=lambda x: x.value - x.there).dropna(subset='value').drop(columns='there')
 
-# %% ../nbs/46_tables.ipynb #4a8b7442
+# %% ../nbs/46_tables.ipynb #4b1cafd8
 def beside(
     found,  # of `numbers`
     table,  # `Table`
     column, # of the table
 ):          # DataFrame of texts by row
     "The paper's number, ours over seeds, and the difference to row `against`: the paper's, ours with its interval."
-    i, name, rows = list(table.columns).index(column), f'minus {table.against}', list(table.rows)
-    paper = pd.Series({r: table.paper.get(r, [None]*9)[i] for r in rows}, dtype=float)
+    name, rows = f'minus {table.against}', list(table.rows)
+    paper = pd.Series({r: reported(table, r, column) for r in rows}, dtype=float)
     o, d = (x.xs(column, level='column').reindex(rows) for x in (over_seeds(found), paired(found, table.against)))
     seeds = [f'{n}, lacks {m}' if m else f'{n}' for n, m in zip(o.n, o.missing)]
     shown = {'paper': _text(paper, '.2f'), 'mean ± std': [_spread(*x) for x in zip(o['mean'], o['std'])], 'median': _text(o['median']), 'seeds': seeds,
@@ -99,19 +99,19 @@ def markdown(
     lines = [[table.index.name or '', *table.columns], ['---']*(1 + len(table.columns)), *([i, *row] for i, row in zip(table.index, table.values))]
     return '\n'.join('| ' + ' | '.join(str(x).replace('|', '\\|') for x in line) + ' |' for line in lines)
 
-# %% ../nbs/46_tables.ipynb #84bbfdb4
+# %% ../nbs/46_tables.ipynb #4bdd730a
 def in_words(
     found,  # of `numbers`
     table,  # `Table`
     column, # of the table
 ) -> str:
     "What a column says, and how surely. By chance alone one interval in twenty leaves out 0."
-    i, o, d = list(table.columns).index(column), over_seeds(found).xs(column, level='column'), paired(found, table.against).xs(column, level='column')
-    both = [r for r in table.rows if o.n[r] and table.paper.get(r, [None]*9)[i] is not None]
-    tau = stats.kendalltau([table.paper[r][i] for r in both], o['mean'][both]).statistic if len(both) > 2 else None
+    o, d = (x.xs(column, level='column') for x in (over_seeds(found), paired(found, table.against)))
+    both = [r for r in table.rows if o.n[r] and reported(table, r, column) is not None]
+    tau = stats.kendalltau([reported(table, r, column) for r in both], o['mean'][both]).statistic if len(both) > 2 else None
     order = f"Of {len(both)} rows, Kendall's τ with the paper's order is {tau:.2f}. " if tau is not None else ''
     rows = lambda these: ', '.join(these) or 'none'
-    return f'{order}Surely above {table.against}, on {max(d.n)} seeds: {rows(d.index[d.low > 0])}. Surely below: {rows(d.index[d.high < 0])}.'
+    return f'{order}More than chance (95 %) above {table.against}: {rows(d.index[d.low > 0])}; below: {rows(d.index[d.high < 0])}; at most {max(d.n)} seeds.'
 
 # %% ../nbs/46_tables.ipynb #6fcf4708
 def per_class(
@@ -142,7 +142,7 @@ def common(
             if told[k] != first[1].get(k): raise ValueError(f'{run["name"]} was made with {k} = {told[k]!r}, {first[0]} with {first[1].get(k)!r}: that is no one table.')
     return {k: v for k, v in first[1].items() if v != defaults.get(k)} if first else {}
 
-# %% ../nbs/46_tables.ipynb #80f319a5
+# %% ../nbs/46_tables.ipynb #d1962c0d
 def difference_plot(
     found,   # of `numbers`
     table,   # `Table`
@@ -152,7 +152,7 @@ def difference_plot(
     ax=None,    # axes to draw on
 ):              # the axes
     "Grey dots: seeds. Red: their mean, with its 95 % interval. Blue cross: the paper."
-    i, against = list(table.columns).index(column), against or table.against
+    against = against or table.against
     dots, d = differences(found[found.column == column], against), paired(found, against).xs(column, level='column')
     rows = [r for r in rows or table.rows if r != against and d.n.get(r)][::-1]
     ax = ax or plt.subplots(figsize=(3.5, .4 + .22*len(rows)))[1]
@@ -160,13 +160,13 @@ def difference_plot(
         ax.plot(d.loc[r, ['low', 'high']], [y, y], '-', lw=3, color='mistyrose')
         ax.plot(dots.value[dots.row == r], [y]*d.n[r], 'o', ms=2.5, color='gray')
         ax.plot(d.difference[r], y, '|', ms=9, color='tab:red')
-        here, there = (table.paper.get(x, [None]*9)[i] for x in (r, against))
+        here, there = (reported(table, x, column) for x in (r, against))
         if None not in (here, there): ax.plot(here - there, y, 'x', ms=5, color='tab:blue')
     ax.set_yticks(range(len(rows)), rows, fontsize=6); ax.axvline(0, lw=.6, color='k'); ax.tick_params(axis='x', labelsize=6)
     ax.set_xlabel(f'{column} mIoU minus {against}, points', fontsize=7)
     return ax
 
-# %% ../nbs/46_tables.ipynb #7b521ca0
+# %% ../nbs/46_tables.ipynb #fbe1254e
 def spread(
     found, # of `numbers`
     whole, # row that counts as all of the variance
@@ -177,7 +177,8 @@ def spread(
     base = o.xs(whole, level='row').reindex(o.index.get_level_values('column')).set_index(o.index)
     share, (f_high, f_low) = (o['std']/base['std'])**2, stats.f.ppf(ends, k, base.n - 1)
     low, high = o['std'].values*(k.values/stats.chi2.ppf(ends, k))**.5
-    return o.assign(low=low, high=high, share=share, **{'share low': share/f_high, 'share high': share/f_low})
+    itself = o.index.get_level_values('row') == whole
+    return o.assign(low=low, high=high, share=share, **{'share low': (share/f_high).mask(itself), 'share high': (share/f_low).mask(itself)})
 
 # %% ../nbs/46_tables.ipynb #a698059d
 def table_of(

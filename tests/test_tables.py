@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings as hypothesis, strategies as st
 from scipy import stats
 from ppc import parameters
-from ppc.ablations import COMPONENTS, K, PRESETS, REFINEMENT, SEED, SEGMENTATION, TABLES, TRANSFORMS, VARIANCE, Table, cells, settings_of
+from ppc.ablations import BEYOND, COMPONENTS, K, PRESETS, REFINEMENT, SEED, SEGMENTATION, TABLES, TRANSFORMS, VARIANCE, Table, cells, settings_of
 from ppc.contrast import OFFICIAL, PAPER
 from ppc.stages import contrast_reading, method_losses
 from ppc.tables import beside, common, difference_plot, differences, in_words, markdown, numbers, over_seeds, paired, per_class, spread, table_of
@@ -64,7 +64,7 @@ def test_paired_is_what_scipy_says(values):
 def test_what_does_not_matter(values, more, lot):
     "The order of runs, runs of other tables, and for differences whatever all rows of a seed have in common."
     runs = runs_of(values)
-    other = [run({'methods': ['seam'], 'seed': 0, 'epochs': 3}, seed_miou={'seam': 1.}), run({'methods': ['seam']}, seed_miou={'seam': 2.})]
+    other = [run({'methods': ['seam'], 'seed': 0, 'epochs': 3}, seed_miou={'seam': 1.}), run({'methods': ['seam'], 'seed': 0, 'k': 8}, seed_miou={'seam': 2.})]
     mixed = runs + other
     lot.shuffle(mixed)
     pd.testing.assert_frame_equal(over_seeds(numbers(mixed, LITTLE)), over_seeds(numbers(runs, LITTLE)))
@@ -104,11 +104,15 @@ def test_one_number_has_no_spread():
 
 def test_a_run_belongs_to_its_row_only():
     assert len(numbers([seed_run('b', 3, 1.)], LITTLE)) == 1
-    for other in (dict(k=9), dict(epochs=1), dict(seed=None, chance={'init': 0})):
-        settings = {k: v for k, v in {**LITTLE.rows['b'], 'seed': 3, **other}.items() if v is not None}
-        assert len(numbers([run(settings, seed_miou={'seam+ppc': 1.})], LITTLE)) == 0
+    for other in (dict(k=9), dict(epochs=1), dict(chance={'init': 0})):
+        assert len(numbers([run({**LITTLE.rows['b'], 'seed': 3, **other}, seed_miou={'seam+ppc': 1.})], LITTLE)) == 0
     both = run({**LITTLE.rows['a'], 'refine': 'psa', 'seed': 1}, seed_miou={'seam': 50.}, mask_miou=60.)
     assert numbers([both], LITTLE).values.tolist() == [['a', 'y', 1, 60.]]
+
+
+def test_a_run_without_a_seed_of_its_own_has_that_of_its_parameters():
+    found = numbers([run(LITTLE.rows['a'], seed_miou={'seam': 5.}, parameters={'seed': 3})], LITTLE)
+    assert found.values.tolist() == [['a', 'x', 3, 5.]]
 
 
 def test_the_same_number_twice_is_refused():
@@ -160,7 +164,7 @@ def test_beside_tells_all():
 def test_words_are_those_of_the_numbers():
     values = {(r, s): v + .1*s*(r == 'b') for s in range(3) for r, v in (('a', 50), ('b', 55), ('c', 45))}
     text = in_words(numbers(runs_of(values), LITTLE._replace(paper={'a': (1.,), 'b': (2.,), 'c': (3.,)})), LITTLE._replace(paper={'a': (1.,), 'b': (2.,), 'c': (3.,)}), 'x')
-    assert 'above a, on 3 seeds: b. Surely below: c.' in text
+    assert 'above a: b; below: c; at most 3 seeds' in text
     assert f'{stats.kendalltau([1, 2, 3], [50, 55, 45]).statistic:.2f}' in text
 
 
@@ -239,10 +243,10 @@ def test_presets_lead_from_one_to_the_other():
     changed = {k for k in vars(PAPER) if vars(PAPER)[k] != vars(OFFICIAL)[k]}
     for start, end, reading in (('paper', OFFICIAL, PAPER), ('official', PAPER, OFFICIAL)):
         rows = {r: p for r, p in PRESETS.rows.items() if p.get('reading') == start}
-        assert len(rows) == 1 + len(changed)
+        assert len(rows) == 1 + len(changed) + len(BEYOND)
         steps = [contrast_reading(parameters.CamTraining(reading=p['reading'], options=p.get('options', {}))) for p in rows.values()]
         assert steps[0] == reading
-        for step in steps[1:]:
+        for step in steps[1:1 + len(changed)]:
             k, = (k for k in changed if vars(step)[k] != vars(reading)[k])
             assert vars(step)[k] == vars(end)[k]
 
