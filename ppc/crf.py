@@ -7,11 +7,11 @@ __all__ = ['IRN', 'PSA', 'SSC', 'DLP', 'PAIRWISES', 'FEW', 'Pairwise', 'elevate'
            'beside', 'smooth', 'kernel', 'places', 'mean_field', 'hard_unary', 'crf', 'crf_scores', 'seed', 'crf_cam',
            'write_each', 'write_masks']
 
-# %% ../nbs/32_crf.ipynb #6cc6096e
-import math
+# %% ../nbs/32_crf.ipynb #097b5397
+import math, os, threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -245,7 +245,7 @@ def crf_cam(
     names, behind = np.array([0, *present], dtype=np.uint8), (1 - scores.max(0, keepdims=True))**power
     return names[crf_scores(image, np.concatenate([behind, scores]), pairwise).argmax(0)]
 
-# %% ../nbs/32_crf.ipynb #2e6ca9c0
+# %% ../nbs/32_crf.ipynb #69a2f9a2
 FEW = 100  # pictures: fewer are done before the processes have imported torch
 
 def write_each(
@@ -260,8 +260,12 @@ def write_each(
         if workers < 2 or len(todo) < FEW or torch.cuda.is_available():
             for j in todo: work(j); bar.update()
         else:
-            with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+            with ProcessPoolExecutor(workers, get_context('spawn'), _begin) as pool:
                 for _ in pool.map(work, todo, chunksize=8): bar.update()
+
+def _begin():  # a worker; it ends with its parent, also with one that was killed
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/32_crf.ipynb #f087b16b
 def write_masks(

@@ -75,7 +75,7 @@ def words(x):  # a setting as it is written in YAML, more or less
     if isinstance(x, bool): return 'yes' if x else 'no'
     return '–' if x in (None, '') else f'{x:g}' if isinstance(x, float) else str(x)
 
-# %% ../nbs/47_report.ipynb #fc4f08d5
+# %% ../nbs/47_report.ipynb #5f4a694f
 def result_table(run):
     "Each number with its list, threshold, and whether tags were used."
     head = ['stage', 'method', 'list', 'images', 'threshold', 'threshold from', 'tags at test time', 'networks began', 'mIoU, %']
@@ -86,9 +86,9 @@ def result_table(run):
 
 def class_table(run):
     "IoU of each class, of every stage that was counted; None where nothing was."
-    folders = {f'{m} {word}': run.folder/m/stage for m in run.methods for word, stage in (('seeds', 'seeds'), ('+CRF', 'crf'))}
-    files = {name: folder/'metrics.json' for name, folder in {**folders, 'masks': run.folder/'masks', 'segmenter': run.folder/'segmentation'}.items()}
-    counted = {name: iou for name, f in files.items() if f.is_file() and (iou := read_json(f).get('iou'))}
+    m = run.metrics
+    seeds = {f'{k} {word}': iou for word, key in (('seeds', 'seed_iou'), ('+CRF', 'seed_crf_iou')) for k, iou in m.get(key, {}).items()}
+    counted = {k: iou for k, iou in {**seeds, 'masks': m.get('mask_iou'), 'segmenter': m.get('segmentation_iou')}.items() if iou}
     classes = dict.fromkeys(c for iou in counted.values() for c in iou)
     rows = [[c, *(percent(iou.get(c)) for iou in counted.values())] for c in classes]
     return Table('IoU of each class, %', ['class', *counted], rows) if counted else None
@@ -254,7 +254,7 @@ details { border-top: 1px solid var(--line); padding: .5em 0 }
 summary { cursor: pointer; padding: .2em 0 }
 '''
 
-# %% ../nbs/47_report.ipynb #9fbcc9a6
+# %% ../nbs/47_report.ipynb #e961c6d7
 PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string('''
 {% macro table(t, kind='') %}
 <div class="wide {{ kind }}" tabindex="0"><table><caption>{{ t.caption }}</caption>
@@ -277,7 +277,7 @@ PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_s
 <{{ h }}>Curves</{{ h }}>
 {% if r.curves %}<div class="figures">{{ r.curves|join }}</div>{% else %}{{ absent('the logs and threshold curves of this run are not at hand') }}{% endif %}
 <{{ h }}>Classes</{{ h }}>
-{% if r.classes %}{{ table(r.classes) }}{% else %}{{ absent('nothing was compared with masks, or the files of this run are not at hand') }}{% endif %}
+{% if r.classes %}{{ table(r.classes) }}{% else %}{{ absent('nothing was compared with masks') }}{% endif %}
 <{{ h }}>Settings</{{ h }}>
 {% if r.own.rows %}{{ table(r.own) }}{% endif %}
 {% if r.usual.rows %}<details><summary>{{ r.usual.rows|length }} settings are at their defaults</summary>{{ table(r.usual) }}</details>{% endif %}

@@ -92,7 +92,7 @@ def execute(notebook, folder, parameters):  # -> 'done', or the last line of wha
     os.replace(part, folder/'run.ipynb')
     return 'done'
 
-# %% ../nbs/40_sweeps.ipynb #6e33eeef
+# %% ../nbs/40_sweeps.ipynb #7688e50a
 def defaults(
     notebook, # with a parameters cell
 ) -> dict:    # name -> default; None where that is no literal
@@ -111,7 +111,7 @@ def check_parameters(
     "Raise `ValueError` for a parameter that the notebook has not, or of another type than its default."
     if 'out' not in known or 'out' in parameters: raise ValueError(f'{notebook} must have a parameter out, and only the sweep may set it, to the folder of each run.')
     for name, value in parameters.items():
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name.lower(), known, 1)
         if name not in known: raise ValueError(f'{notebook} has no parameter {name!r}' + (f': did you mean {near[0]!r}?' if near else '.'))
         kind = type(known[name])
         if known[name] is not None and type(value) is not kind and (kind, type(value)) != (float, int):
@@ -140,7 +140,7 @@ def prepare(notebook, grid, root, parameters):  # -> jobs for `run_one`
         if not (folder/'settings.json').exists(): write_json(folder/'settings.json', settings)
     return [(str(notebook), str(folder), now) for folder, now in told.items()]
 
-# %% ../nbs/40_sweeps.ipynb #70e7771b
+# %% ../nbs/40_sweeps.ipynb #ddcbfefc
 def state(
     root, # folder of a sweep
     grid, # list of settings
@@ -149,10 +149,14 @@ def state(
     return pd.DataFrame([(name_of(s), *_state(Path(root)/name_of(s))) for s in grid], columns=['run', 'state', 'seconds', 'message'])
 
 def _state(folder):
-    if is_done(folder): return 'done', read_json(folder/'metrics.json').get('seconds'), ''
+    if is_done(folder): return 'done', _took(folder), ''
     if _held(folder/'.sweep.lock') and (folder/'.began').exists(): return 'running', time.time() - (folder/'.began').stat().st_mtime, ''
     try: return 'failed', None, (folder/'failed.txt').read_text().splitlines()[-1]
     except FileNotFoundError: return 'waiting', None, ''
+
+def _took(folder):  # with the start of its kernel; of a copy, what its record says
+    try: return (folder/'run.ipynb').stat().st_mtime - (folder/'.began').stat().st_mtime
+    except FileNotFoundError: return read_json(folder/'metrics.json').get('seconds')
 
 def _held(lock):
     if not lock.exists(): return False

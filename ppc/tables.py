@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['numbers', 'over_seeds', 'paired', 'differences', 'beside', 'markdown', 'in_words', 'per_class', 'common',
-           'difference_plot', 'spread', 'table_of']
+           'difference_plot', 'spread', 'table_of', 'table_in', 'column_text', 'renewed', 'renew']
 
-# %% ../nbs/46_tables.ipynb #5365af28
+# %% ../nbs/46_tables.ipynb #4fd2edff
+import re
+from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy import stats
+from .data import DataError, atomic
 from .parameters import settings
-from .ablations import SEED, Table, cells, reported
+from .sweeps import runs
+from .ablations import SEED, TABLES, Table, cells, reported
 
 # %% ../nbs/46_tables.ipynb #4ce2114a
 def numbers(
@@ -189,3 +193,32 @@ def table_of(
     if not rows: raise ValueError('There are no finished runs.')
     methods = list(dict.fromkeys(m for r in runs for m in r['metrics']['seed_miou']))
     return Table(rows, {m: ({}, f'seed_miou/{m}') for m in methods}, next(iter(rows)), {})
+
+# %% ../nbs/46_tables.ipynb #c3351e29
+def table_in(
+    root, # folder of runs
+):        # their `Table`, the runs
+    "The runs of a folder and their table: the paper's of that name if they are its runs, otherwise that of their settings. Raises `DataError` where no run is finished."
+    found = runs(root)
+    if not found: raise DataError(f'{root} holds no finished run of a sweep: one has settings.json and metrics.json.')
+    named = TABLES.get(Path(root).resolve().name.split('-')[0])
+    return named if named and len(numbers(found, named)) else table_of(found), found
+
+def column_text(root, column):  # -> markdown
+    table, found = table_in(root)
+    if column not in table.columns: raise ValueError(f'{root} has no column {column!r}: choose from {", ".join(table.columns)}.')
+    shown = beside(numbers(found, table), table, column)
+    return markdown(shown.loc[:, (shown != '').any()])   # empty columns say nothing
+
+# %% ../nbs/46_tables.ipynb #382c47ff
+def renewed(
+    text,     # markdown with such comments
+    root='.', # folder from which their paths count
+) -> str:
+    "The text with its tables made from their runs. Raises `DataError` or `ValueError` for a table that cannot be made."
+    made = lambda m: f'{m[1]}\n{column_text(Path(root)/m[2], m[3])}\n{m[4]}'
+    return re.sub(r'(<!-- ppc table (\S+) (.+?) -->)\n.*?(<!-- end -->)', made, text, flags=re.DOTALL)
+
+def renew(file):  # its tables
+    text = renewed(Path(file).read_text(encoding='utf-8'), Path(file).parent)
+    with atomic(file) as part: part.write_text(text, encoding='utf-8')

@@ -1,5 +1,8 @@
 "The dense CRF: against pydensecrf, against the exact mean field in float64 by loops, its lattice against one of dictionaries; and bad input."
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -274,6 +277,27 @@ def test_masks_are_the_same_from_one_process_or_two(scenes, tmp_path, monkeypatc
     n = folder.ids[0]
     labels = module.seed(*module.read_cam(tmp_path/'cams'/f'{n}.npz'), .3)
     assert (read_mask(tmp_path/'one'/f'{n}.png') == crf(read_image(folder.files[n]), labels, 7)).all()
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    "Else a killed run would go on writing masks beside the one that continues it."
+    (tmp_path/'parent.py').write_text("""
+import os, sys, time
+from pathlib import Path
+from ppc.crf import write_each
+def work(job): job[0].write_text(str(os.getpid())); time.sleep(60)
+if __name__ == '__main__': write_each(work, [(Path(sys.argv[1])/f'{i}.pid',) for i in range(100)], 2, 'masks')
+""")
+    parent = subprocess.Popen([sys.executable, tmp_path/'parent.py', tmp_path], stderr=subprocess.DEVNULL)
+    def until(true, seconds=60):
+        end = time.time() + seconds
+        while not true(): assert time.time() < end; time.sleep(.1)
+    def workers(): return [int(text) for f in tmp_path.glob('*.pid') if (text := f.read_text())]
+    def lives(pid): return Path(f'/proc/{pid}').exists() and 'Z' not in Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+    until(lambda: len(workers()) == 2)
+    parent.kill()
+    parent.wait()
+    until(lambda: not any(map(lives, workers())), 20)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
