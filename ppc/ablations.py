@@ -97,9 +97,10 @@ VARIANCE = Table(
     {**NO_CRF, 'plain CAM': ({'crf': False, 'refined': False}, 'seed_miou')}, 'all', {})
 TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE)
 
-# %% ../nbs/45_ablations.ipynb #347afa06
+# %% ../nbs/45_ablations.ipynb #2c028152
 SEEDS_ONLY = dict(refine='none', segmenter='none')   # unless a column asks for more
 BUDGETS = {
     'short': dict(scenes=16, closeups=32, batch_size=8, resize=[64, 96], crop=64, target=32, seg_options=dict(crop=64), refine_options=dict(crop=64), **SEEDS_ONLY),
     'scenes': dict(scenes=240, closeups=2400, pretrain_epochs=10, target=96, epochs=4, batch_size=8, **SEEDS_ONLY),
-    'animals': dict(seed_split='train_masks', output_stride=16, resize=[256, 440], crop=256, target=128, epochs=3, batch_size=16, lr=1e-4, scales=[1.0, 1.5], **SEEDS_ONLY)}
+    'animals': dict(seed_split='train_masks', output_stride=16, resize=[256, 440], crop=256, target=128, epochs=3, batch_size=16, lr=1e-4, k=8, scales=[1.0, 1.5],
+                    precision='bf16', **SEEDS_ONLY)}

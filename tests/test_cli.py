@@ -1,15 +1,17 @@
 "The commands: what they print, and how they end."
 import json
 import shutil
+from pathlib import Path
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
-from ppc.cli import app
+from ppc.cli import app, notebook
 from ppc.data import TagFolder, read_mask
 from ppc.pipeline import run
 from ppc.predicting import load
+from ppc.sweeps import name_of
 from test_coco import small_coco
 from test_voc import small_voc
 
@@ -121,3 +123,44 @@ def test_predict_goes_on_after_a_broken_image(done, scenes, tmp_path):
     assert found.exit_code == 0 and 'CAM network' in found.output and {*np.unique(read_mask(tmp_path/'cam'/'masks'/'val00000.png'))} <= {0, cat}
     assert 'no class' in ppc('predict', done/'cam', folder, '--out', tmp_path/'cam', '--tag', 'unicorn').output
     assert ppc('predict', tmp_path, folder, '--out', tmp_path/'cam').exit_code == 1
+
+
+# --- many runs ------------------------------------------------------------------------------------------------------------------
+
+def test_sweep_shares_what_runs_have_in_common(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TQDM_DISABLE', '1')
+    common = {k: v for k, v in QUICK.items() if k != 'k'} | dict(methods=['seam+ppc'], scenes=12, closeups=32, crf=False, refine='none', segmenter='none')
+    Path('common.yaml').write_text(yaml.safe_dump(common))
+    found = ppc('sweep', notebook(), '-f', 'common.yaml', '-p', 'k=4,8')
+    assert found.exit_code == 0 and found.output == '2 done; they are in runs/50_run\n'
+    for name in ('scenes', 'pretrain'): assert len({Path('runs', '50_run', f'k={k}', name).resolve() for k in (4, 8)}) == 1
+    assert Path('runs/50_run/k=4/seam+ppc').resolve() != Path('runs/50_run/k=8/seam+ppc').resolve()
+    found = ppc('sweep', notebook(), '-f', 'common.yaml', '-p', 'K=4')
+    assert found.exit_code == 1 and "did you mean 'k'" in found.stderr
+
+
+def put_run(root, miou, **settings):
+    (root/(name := name_of(settings))).mkdir(parents=True)
+    (root/name/'settings.json').write_text(json.dumps(settings))
+    (root/name/'metrics.json').write_text(json.dumps({'seed_miou': {settings['methods'][0]: miou}, 'parameters': settings}))
+
+
+def test_table_and_report_of_a_sweep(tmp_path):
+    "One of the paper's tables by the folder's name, any other by its settings; a markdown file is made anew."
+    assert ppc('table', tmp_path).exit_code == 1 and ppc('report', tmp_path).exit_code == 1
+    for seed, (seam, ours) in enumerate(((50, 52), (52, 56))):
+        for root in ('k', 'mine'):
+            put_run(tmp_path/root, seam, methods=['seam'], seed=seed)
+            put_run(tmp_path/root, ours, methods=['seam+ppc'], k=8, seed=seed)
+    paper, mine = (ppc('table', tmp_path/root).output for root in ('k', 'mine'))
+    assert '| K = 8 | 60.87 | 54.0 ± 2.8 | 54.0 | 2 | +5.5 | +3.0 | -9.7 to +15.7 |' in paper and '| K = 64 | 60.55 |  |  | 0 |' in paper
+    assert "methods = ['seam+ppc'], k = 8 | 54.0 ± 2.8 |" in mine and '60.87' not in mine
+    text = '# Mine\n\n<!-- ppc table k train -->\n{}\n<!-- end -->\n\nAnd so on.\n'
+    (tmp_path/'README.md').write_text(text.format('old'))
+    assert ppc('table', tmp_path/'README.md').exit_code == 0
+    made = (tmp_path/'README.md').read_text()
+    assert '| K = 8 | 60.87 | 54.0 ± 2.8 |' in made and made.startswith('# Mine') and made.endswith('<!-- end -->\n\nAnd so on.\n') and 'old' not in made
+    (tmp_path/'README.md').write_text(text.replace('train', 'tram').format(''))
+    assert "no column 'tram'" in ppc('table', tmp_path/'README.md').stderr
+    assert ppc('report', tmp_path/'k').exit_code == 0 and '4 finished runs' in (tmp_path/'k'/'report.html').read_text()

@@ -95,7 +95,7 @@ def test_only_the_record(done, tmp_path):
     shutil.copy(done[0]/'metrics.json', tmp_path/'copied')
     page = report_page(tmp_path/'copied', tmp_path/'page.html')
     text = sound(page).get_text()
-    assert not soup(page).find_all('img') and text.count('not at hand') == 3 and tables(page)['What came out'] == tables(done[1])['What came out']
+    assert not soup(page).find_all('img') and text.count('not at hand') == 2 and all(tables(page)[t] == tables(done[1])[t] for t in ('What came out', 'IoU of each class, %'))
 
 
 def test_data_moved_away(done, tmp_path):
@@ -184,7 +184,7 @@ def evil_runs(root, run):
     for n in (0, 1):
         folder = root/f'<b>$\\frac{n}'
         shutil.copytree(run, folder)
-        for f in (folder/'scenes'/'classes.txt', folder/'scenes'/'tags.csv', folder/'cam'/'seeds'/'metrics.json'): f.write_text(f.read_text().replace('cat', evil))
+        for f in (folder/'scenes'/'classes.txt', folder/'scenes'/'tags.csv', folder/'metrics.json'): f.write_text(f.read_text().replace('cat', evil))
         m = json.loads((folder/'metrics.json').read_text())
         m |= {'device': evil, 'parameters': {**m['parameters'], 'reading': evil}}
         (folder/'metrics.json').write_text(json.dumps(m))

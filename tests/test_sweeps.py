@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -312,6 +314,24 @@ def test_ctrl_c_ends_the_driver_and_its_kernels(toy):
         assert process.exitcode == 1 and not noted('runs/k=2', 'begin')
         until(lambda: not any(alive(pids(f'runs/k={k}')[0]) for k in (0, 1)))
     assert not runs('runs')
+
+
+def test_the_command_is_killed_and_called_again(toy):
+    Path('common.yaml').write_text('out: elsewhere\nlr: 0.01\n')
+    Path('wall').touch()
+    call = dict(args=[Path(sys.executable).parent/'ppc', 'sweep', toy, '-f', 'common.yaml', '-p', 'k=0,1', '-p', 'block=none,wall', '--out', 'runs'], text=True)
+    waiting = Path('runs')/name_of(dict(k=1, block='none'))
+    with held(1), subprocess.Popen(**call) as killed:
+        until(lambda: noted(waiting, 'waits'))
+        killed.kill()
+    assert [r['settings'] for r in runs('runs')] == [{'k': 0, 'block': 'none'}]
+    found = subprocess.run(**call, capture_output=True)
+    assert found.returncode == 1 and found.stdout.startswith('2 done, 2 failed') and found.stderr.count('The file is in the way.') == 2
+    assert noted(waiting, 'step') == ['0', '1', '2']   # from the checkpoint
+    Path('wall').unlink()
+    found = subprocess.run(**call, capture_output=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, '4 done; they are in runs\n', '')
+    assert [r['metrics']['parameters']['lr'] for r in runs('runs')] == [.01]*4
 
 
 # --- engines --------------------------------------------------------------------------------------------------------------------
