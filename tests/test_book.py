@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import papermill
 import pytest
@@ -42,11 +43,26 @@ def test_export_is_in_sync(fresh):
     for f in files: assert (ROOT/'ppc'/f).read_text() == (fresh/'ppc'/f).read_text(), f'ppc/{f} differs: run make export'
 
 
-@pytest.mark.parametrize('nb', BOOK, ids=lambda p: p.stem)
-def test_notebook_runs(nb, tmp_path):
+def execute(nb):
     "In a process of its own, in nbs/, as a reader would; what it writes goes to runs/."
     code = f'from nbdev.test import test_nb; from pathlib import Path; import sys; sys.exit(not test_nb(Path({str(nb)!r}))[0])'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'nbs', capture_output=True, text=True)
+    env = {**os.environ, 'OMP_NUM_THREADS': str(max(1, os.cpu_count()//TOGETHER))}
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT/'nbs', env=env, capture_output=True, text=True)
+
+
+TOGETHER = 2  # notebooks
+
+
+@pytest.fixture(scope='module')
+def executed(request):
+    "Those that are asked for, and are on their way."
+    wanted = [item.callspec.params['nb'] for item in request.session.items if getattr(item, 'originalname', '') == 'test_notebook_runs']
+    with ThreadPoolExecutor(TOGETHER) as pool: yield {nb: pool.submit(execute, nb) for nb in wanted}
+
+
+@pytest.mark.parametrize('nb', BOOK, ids=lambda p: p.stem)
+def test_notebook_runs(nb, executed):
+    done = executed[nb].result()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

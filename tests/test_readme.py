@@ -1,4 +1,5 @@
 "What the README shows is what works."
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from ppc.cli import app
 from ppc.data import TagFolder, read_mask
 from ppc.pipeline import METHODS
 from ppc.scenes import scene
+from ppc.sweeps import grid, sweep
+from ppc.tables import renewed, table_in
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
@@ -112,3 +115,35 @@ def test_photographs_are_those_of_the_runs():
     pair = lambda stage: ' and '.join(f"{next(r['miou'] for r in rows if r['stage'] == stage):.1f}" for rows in runs)
     assert f"seeds {pair('seed')}, + CRF {pair('+CRF')}, PSA {pair('PSA')}; a segmenter learned from PSA's masks {pair('segmenter')} on" in README
     assert f'from {found["paper"]} down to {found["paper-without-gradient"]}' in README
+
+
+def test_tables_are_made_from_their_runs():
+    assert renewed(README, ROOT) == README, 'run: ppc table README.md'
+    shown = {root for root, _ in re.findall(r'<!-- ppc table (\S+) (.+?) -->', README)}
+    assert len(shown) >= 7
+    for root in shown:
+        table, found = table_in(ROOT/root)
+        assert table.paper or root.endswith('variance')
+        seeds = {json.dumps(r['settings'].get('chance') or r['settings'].get('seed')) for r in found}
+        assert len(seeds) >= 3 or root.endswith('animals'), root
+
+
+def test_results_name_no_machine():
+    "Records of runs are of anybody's machine: no path from the root, and settings that a run can be told again."
+    for f in (ROOT/'runs'/'results').rglob('*.json'): assert not re.search(r'"(/|\.\./|~)', f.read_text()), f
+
+
+def test_lines_for_slurm_fit():
+    "The README's lines, with a stand-in for the cluster: what they hand over is what `sweep` takes."
+    code, told = block('python', 'SLURMCluster'), []
+    assert len(code.strip().splitlines()) == 3
+    class Client:
+        def __init__(self, cluster): pass
+        def get_executor(self): return self
+        map = staticmethod(map)
+    class Cluster:
+        def __init__(self, **how): told.append(how)
+        def adapt(self, maximum_jobs): told.append(maximum_jobs)
+    def swept(*args, **more): told.append(inspect.signature(sweep).bind(*args, **more).arguments)
+    exec(code, dict(SLURMCluster=Cluster, Client=Client, grid=grid, sweep=swept))
+    assert told[1] == 10 and (ROOT/told[2]['notebook']).is_file() and len(told[2]['grid']) == 9 and told[2]['map'] is map
