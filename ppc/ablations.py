@@ -11,7 +11,7 @@ __all__ = ['SEED', 'OURS', 'BASELINES', 'PLAIN', 'COMPONENTS', 'SEEDS', 'NO_CRF'
 from typing import NamedTuple
 from .contrast import READINGS
 
-# %% ../nbs/45_ablations.ipynb #d2b8d787
+# %% ../nbs/45_ablations.ipynb #d0253427
 SEED = 'seed'   # stands in a row's parameters where each of its runs has a number of its own
 
 class Table(NamedTuple):
@@ -24,7 +24,6 @@ class Table(NamedTuple):
 def cells(table):  # -> {(row, column): parameters, with SEED}
     return {(r, c): {**row, **more, 'seed': row.get('seed', SEED)} for r, row in table.rows.items() for c, (more, _) in table.columns.items()}
 
-# %% ../nbs/45_ablations.ipynb #b363ba6a
 def reported(table, row, column): return dict(zip(table.columns, table.paper.get(row, ()))).get(column)  # %, None where the paper has no number
 
 # %% ../nbs/45_ablations.ipynb #90a0398a
