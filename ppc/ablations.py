@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEED', 'OURS', 'BASELINES', 'PLAIN', 'COMPONENTS', 'SEEDS', 'NO_CRF', 'K', 'TRANSFORMS', 'WITH', 'REFINEMENT',
-           'SEGMENTATION', 'BEYOND', 'PRESETS', 'SOURCES', 'VARIANCE', 'TABLES', 'SEEDS_ONLY', 'BUDGETS', 'Table',
-           'cells', 'reported', 'settings_of', 'switched']
+           'SEGMENTATION', 'BEYOND', 'PRESETS', 'SOURCES', 'PARTS', 'VARIANCE', 'TABLES', 'SEEDS_ONLY', 'BUDGETS',
+           'Table', 'cells', 'reported', 'settings_of', 'switched']
 
 # %% ../nbs/45_ablations.ipynb #56f9f3ba
 from typing import NamedTuple
@@ -78,7 +78,7 @@ SEGMENTATION = Table(
     WITH, {'LargeFOV': ({'refine': 'psa', 'segmenter': 'largefov'}, 'segmentation_miou'), 'ASPP': ({'refine': 'psa', 'segmenter': 'aspp'}, 'segmentation_miou')}, 'SEAM',
     {'SEAM': (64.5, None), 'Ours w/ SEAM': (67.7, None), 'EPS': (71.0, 70.9), 'Ours w/ EPS': (72.3, 72.6)})
 
-# %% ../nbs/45_ablations.ipynb #af225f0c
+# %% ../nbs/45_ablations.ipynb #eeed2e99
 BEYOND = {'background lowest': {'background': 'lowest'}, 'grid 6': {'grid': 6}}   # choices that are in neither reading
 
 def switched(one, other):  # names of readings -> rows: one, and one with each option as in the other
@@ -88,10 +88,11 @@ def switched(one, other):  # names of readings -> rows: one, and one with each o
 
 PRESETS = Table({'SEAM': BASELINES['SEAM'], **switched('paper', 'official'), **switched('official', 'paper')}, NO_CRF, 'SEAM', {})
 
-SOURCES = ('init', 'order', 'views', 'noise')
+SOURCES, PARTS = ('init', 'order', 'views', 'noise'), ('classifier', 'projector', 'pcm')
 def _by(*sources, **more): return {**OURS, **more, 'seed': 0, 'chance': dict.fromkeys(sources, SEED)}
 VARIANCE = Table(
-    {'all': _by(*SOURCES), **{s: _by(s) for s in SOURCES}, 'SEAM, all': {**_by(*SOURCES), **BASELINES['SEAM']},
+    {'all': _by(*SOURCES), **{s: _by(s) for s in (*SOURCES, *PARTS)}, 'SEAM, all': {**_by(*SOURCES), **BASELINES['SEAM']},
+     'fixed PCM': _by(*SOURCES, pcm='fixed'), 'SEAM, fixed PCM': {**_by(*SOURCES, pcm='fixed'), **BASELINES['SEAM']},
      'mean of weights': _by(*SOURCES, ema=.98), 'slow contrast': _by(*SOURCES, ramp=.5), 'both': _by(*SOURCES, ema=.98, ramp=.5)},
     {**NO_CRF, 'plain CAM': ({'crf': False, 'refined': False}, 'seed_miou')}, 'all', {})
 TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE)

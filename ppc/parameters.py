@@ -23,7 +23,7 @@ class Shared:
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_parameters.ipynb #04202c41
+# %% ../nbs/37_parameters.ipynb #9d0612b7
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
@@ -41,6 +41,7 @@ class CamTraining:
     rotate: float = 0.0             # turned, by up to so many degrees
     translate: int = 0              # and shifted, by up to so many pixels of the source view (Table 7)
     map_stride: int = 4             # SEAM compares maps at the image's size divided by this; the authors' is 1
+    pcm: str = 'learned'            # SEAM refines maps by features that are 'learned', as the authors do, or 'fixed', see 13_seam
     epochs: int = 1                 # how often each image is seen
     batch_size: int = 8             # images per step and process
     optimizer: str = 'AdamW'        # any class of torch.optim
@@ -55,7 +56,7 @@ class CamTraining:
     cross_cam: bool = True          # the contrast also takes labels from the other view (Table 5 has it without)
     ramp: float = 0.0               # the contrast's weights rise over so much of the training, from 0 to 1
     ema: float = 0.0                # weights are a running mean, of which each step leaves so much, such as 0.99; 0: the last ones
-    chance: dict = field(default_factory=lambda: {}) # other seeds for one source of chance: 'init', 'order', 'views' or 'noise' (dropout, mining)
+    chance: dict = field(default_factory=lambda: {}) # other seeds for one source of chance: 'init' (of it: 'classifier', 'projector', 'pcm'), 'order', 'views', 'noise' (dropout, mining)
     saliency_weight: float = 0.5    # EPS: weight of the foreground in the estimate; COCO's is 0.9
     saliency_overlap: float = 0.4   # EPS: a class is foreground if more of it is salient
     reading: str = 'official'       # of the contrast: 'paper' or 'official', see 22_contrast

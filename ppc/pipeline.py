@@ -93,7 +93,7 @@ def run(
 
 def config(*parts): return {k: v for p in parts for k, v in asdict(p).items() if k not in ('workers', 'device', 'shared')}
 
-# %% ../nbs/39_pipeline.ipynb #185fd7e2
+# %% ../nbs/39_pipeline.ipynb #b8c499d7
 @contextmanager
 def place(
     out,   # run folder
@@ -115,7 +115,7 @@ def once(out, s, name, about, work):  # -> metrics
     "A stage that runs may have in common."
     with place(out, s, name, about) as folder: return stage(folder, about, work)
 
-OF_PART = {'ppc': ('k', 'tau', 'alpha', 'beta', 'cross_cam', 'ramp', 'reading', 'options'), 'eps': ('saliency_weight', 'saliency_overlap'), 'seam': ('map_stride',)}
+OF_PART = {'ppc': ('k', 'tau', 'alpha', 'beta', 'cross_cam', 'ramp', 'reading', 'options'), 'eps': ('saliency_weight', 'saliency_overlap'), 'seam': ('map_stride', 'pcm')}
 
 def config_of(method, *parts):
     "The configuration of a method: what it does not have does not count."

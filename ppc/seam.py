@@ -23,22 +23,26 @@ def winners(
     best = fg.amax(1, keepdim=True)
     return torch.cat([1 - best, fg*(fg >= best)], 1)
 
-# %% ../nbs/13_seam.ipynb #24bdfe06
+# %% ../nbs/13_seam.ipynb #0356e758
 class PCM(nn.Module):
     "Refine maps by spreading them over pixels of similar low-level features."
     def __init__(self,
         channels,         # widths of the backbone's two taps
-        widths=(64, 128), # they are reduced to these
+        widths=(64, 128), # they are reduced to these; (): pixels are compared by the taps as they are, and nothing is learned
     ):
         super().__init__()
         self.reduce = nn.ModuleList(nn.Conv2d(c, w, 1, bias=False) for c, w in zip(channels, widths))
-        self.mix = nn.Conv2d(3 + sum(widths), sum(widths), 1, bias=False)
+        self.mix = nn.Conv2d(3 + sum(widths), sum(widths), 1, bias=False) if widths else None
         for conv in self.reduce: nn.init.kaiming_normal_(conv.weight)
-        nn.init.xavier_uniform_(self.mix.weight, gain=4)
+        if widths: nn.init.xavier_uniform_(self.mix.weight, gain=4)
+
+    def features(self, image, taps, size):  # (N, D, *size)
+        low = [resize(t.detach(), size) for t in taps]
+        if self.mix is None: return torch.cat([F.normalize(F.layer_norm(t, size), dim=1) for t in low], 1)
+        return self.mix(torch.cat([resize(image, size), *[F.relu(reduce(t)) for reduce, t in zip(self.reduce, low)]], 1))
 
     def affinity(self, image, taps, size):  # (N, hw, hw), columns sum to 1
-        low = [F.relu(reduce(resize(t.detach(), size))) for reduce, t in zip(self.reduce, taps)]
-        g = self.mix(torch.cat([resize(image, size), *low], 1)).flatten(2)
+        g = self.features(image, taps, size).flatten(2)
         g = g/(g.norm(dim=1, keepdim=True) + 1e-5)
         a = F.relu(g.transpose(1, 2) @ g)
         return a/(a.sum(1, keepdim=True) + 1e-5)

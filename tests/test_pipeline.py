@@ -116,7 +116,7 @@ def test_two_runs_at_once_train_the_baseline_once(tmp_path):
     assert read_json(tmp_path/'a'/'metrics.json')['seed_miou'] == read_json(tmp_path/'b'/'metrics.json')['seed_miou']
 
 
-@pytest.mark.parametrize('source', stages.CHANCE)
+@pytest.mark.parametrize('source', (*stages.CHANCE, *stages.PARTS))
 def test_one_source_of_chance_at_a_time(scenes, tmp_path, source):
     "With another seed for one of them the training is another; with the run's own seed it is the same."
     p = settings(batch_size=4, crop=64, target=32, k=4, dropout=.5)
