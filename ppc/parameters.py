@@ -23,7 +23,7 @@ class Shared:
     precision: str = 'no'           # 'no' (32 bit), 'bf16' or 'fp16'
     device: str = 'auto'            # 'auto' or 'cpu'
 
-# %% ../nbs/37_parameters.ipynb #9d0612b7
+# %% ../nbs/37_parameters.ipynb #dce20516
 @dataclass
 class CamTraining:
     "Stages pretrain and <method>/train (§3, §4.2)."
@@ -41,6 +41,7 @@ class CamTraining:
     rotate: float = 0.0             # turned, by up to so many degrees
     translate: int = 0              # and shifted, by up to so many pixels of the source view (Table 7)
     map_stride: int = 4             # SEAM compares maps at the image's size divided by this; the authors' is 1
+    classifier: str = 'drawn'       # its first weights: 'drawn', as the authors do, or 'zeros'
     pcm: str = 'learned'            # SEAM refines maps by features that are 'learned', as the authors do, or 'fixed', see 13_seam
     epochs: int = 1                 # how often each image is seen
     batch_size: int = 8             # images per step and process

@@ -70,7 +70,7 @@ def read_json(path):  # raises `DataError` when it is damaged
     try: return json.loads(Path(path).read_text())
     except ValueError as e: raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
 
-# %% ../nbs/38_stages.ipynb #ce309475
+# %% ../nbs/38_stages.ipynb #c56f1f70
 def make_backbone(
     c,               # `CamTraining`: network, weights, stride
     name='',         # another network than c's,
@@ -92,9 +92,11 @@ def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM f
     "The network of a method; with the same seed a baseline and the same + ppc begin with the same weights."
     backbone = make_backbone(c, pretrained=pretrained)
     refine = PCM(backbone.channels[:2], **PCMS[c.pcm]) if 'seam' in method.split('+') else None
-    return CamNet(backbone, classes, refine=refine, dropout=c.dropout)
+    net = CamNet(backbone, classes, refine=refine, dropout=c.dropout)
+    if c.classifier == 'zeros': torch.nn.init.zeros_(net.classifier.weight)   # after all is drawn, so the rest is as without
+    return net
 
-# %% ../nbs/38_stages.ipynb #5ffe6e9c
+# %% ../nbs/38_stages.ipynb #6741c1eb
 PCMS = {'learned': {}, 'fixed': {'widths': ()}}
 KNOWN = [base + more for base in ('cam', 'seam', 'eps', 'eps+seam') for more in ('', '+ppc')]
 
@@ -108,7 +110,8 @@ def method_losses(
 ):          # (model, batch) -> dict of terms, for `fit`
     "The objective of a method. Raises `ValueError` for an unknown one."
     if {*c.chance} - {*CHANCE, *PARTS}: raise ValueError(f'chance is {c.chance}: its sources are {", ".join([*CHANCE, *PARTS])}.')
-    if c.pcm not in PCMS: raise ValueError(f'There is no pcm {c.pcm!r}: choose from {", ".join(PCMS)}.')
+    for name, known in {'pcm': PCMS, 'classifier': ('drawn', 'zeros')}.items():
+        if (told := getattr(c, name)) not in known: raise ValueError(f'{name} is {told!r}: choose from {", ".join(known)}.')
     if method not in KNOWN: raise ValueError(f'There is no method {method!r}: choose from {", ".join(KNOWN)}.')
     parts, reading, moves = method.split('+'), contrast_reading(c), (c.flip, c.rotate, c.translate)
     contrast = PixelToPrototypeContrast(c.k, c.tau, c.alpha, c.beta, reading)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 from ppc import cli, pipeline, stages
 from ppc.data import DataError, TagFolder, read_mask
@@ -129,6 +130,22 @@ def test_one_source_of_chance_at_a_time(scenes, tmp_path, source):
     assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
 
 
+def test_a_method_may_begin_without_chance(scenes, tmp_path):
+    "Then its maps are the same whatever seed `init` has; the projector of the contrast is still drawn."
+    p = settings(batch_size=4, crop=64, target=32, k=4, pcm='fixed', classifier='zeros', epochs=1)
+    for method, same in (('seam', True), ('seam+ppc', False)):
+        weights = []
+        for seed in (0, 1):
+            folder = tmp_path/f'{method}-{seed}'
+            folder.mkdir()
+            torch.manual_seed(9)
+            begun = {k: v for k, v in stages.make_camnet(p[CamTraining], 3, method).state_dict().items() if k.startswith('backbone.')}
+            save_file(begun, tmp_path/'begun.safetensors')
+            stages.train_cam(folder, TagFolder(scenes), method, p[Shared], replace(p[CamTraining], chance={'init': seed}), tmp_path/'begun.safetensors')
+            weights.append(read_weights(folder/'weights.safetensors'))
+        assert torch.equal(*[w['classifier.weight'] for w in weights]) == same and not any(k.startswith('refine.') for k in weights[0])
+
+
 def test_two_processes_do_not_share_a_run(scenes, tmp_path):
     with FileLock(tmp_path/'.lock'):
         code = f'from ppc.pipeline import run; run({str(tmp_path)!r}, ["cam"], data={str(scenes)!r})'
@@ -146,6 +163,7 @@ def test_parameters_are_checked(wrong, words):
 @pytest.mark.parametrize('wrong, words', [
     (dict(methods=['sam']), "no method 'sam'"), (dict(chance={'luck': 1}), 'init, order, views, noise'), (dict(backbone='resnet5000'), 'resnet5000'),
     (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
+    (dict(pcm='frozen'), 'learned, fixed'), (dict(classifier='ones'), 'drawn, zeros'),
     (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid'),
     (dict(optimizer='adam'), "no 'adam'"), (dict(seg_options={'optimizer': 'sgd'}), "no 'sgd'"),
     (dict(refine='sam'), 'none, crf, psa, irn'), (dict(refine='psa', preset='irn'), "preset is 'irn'"), (dict(refine='irn', refine_options={'beat': 8}), 'beta'),
