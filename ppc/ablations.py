@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEED', 'OURS', 'CALM', 'BASELINES', 'PLAIN', 'PLAIN_CAM', 'COMPONENTS', 'SEEDS', 'NO_CRF', 'K', 'TRANSFORMS', 'WITH',
-           'MORE', 'REFINEMENT', 'SEGMENTATION', 'BEYOND', 'PRESETS', 'SOURCES', 'PARTS', 'VARIANCE', 'TABLES',
-           'SEEDS_ONLY', 'BUDGETS', 'Table', 'cells', 'reported', 'settings_of', 'switched']
+           'MORE', 'REFINEMENT', 'SEGMENTATION', 'BEYOND', 'PRESETS', 'SOURCES', 'PARTS', 'VARIANCE', 'TUNING',
+           'TABLES', 'SEEDS_ONLY', 'BUDGETS', 'Table', 'cells', 'reported', 'settings_of', 'switched']
 
 # %% ../nbs/45_ablations.ipynb #56f9f3ba
 from typing import NamedTuple
@@ -81,7 +81,7 @@ SEGMENTATION = Table(
     WITH, {'LargeFOV': ({'refine': 'psa', 'segmenter': 'largefov'}, 'segmentation_miou'), 'ASPP': ({'refine': 'psa', 'segmenter': 'aspp'}, 'segmentation_miou')}, 'SEAM',
     {'SEAM': (64.5, None), 'Ours w/ SEAM': (67.7, None), 'EPS': (71.0, 70.9), 'Ours w/ EPS': (72.3, 72.6)})
 
-# %% ../nbs/45_ablations.ipynb #1ab3ebeb
+# %% ../nbs/45_ablations.ipynb #55c9927b
 BEYOND = {'background lowest': {'background': 'lowest'}, 'grid 6': {'grid': 6}}   # choices that are in neither reading
 
 def switched(one, other):  # names of readings -> rows: one, and one with each option as in the other
@@ -98,7 +98,13 @@ VARIANCE = Table(
      'zeros': _by(*SOURCES, classifier='zeros'), 'fixed PCM': _by(*SOURCES, pcm='fixed'), 'fixed PCM, zeros': _by(*SOURCES, **CALM), 'fixed PCM, zeros, mean': _by(*SOURCES, **CALM, ema=.98), 'SEAM, fixed PCM, zeros': {**_by(*SOURCES, **CALM), **BASELINES['SEAM']},
      'mean of weights': _by(*SOURCES, ema=.98), 'slow contrast': _by(*SOURCES, ramp=.5), 'both': _by(*SOURCES, ema=.98, ramp=.5)},
     {**NO_CRF, 'plain CAM': PLAIN_CAM}, 'all', {})
-TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE)
+TUNING = Table(
+    {'SEAM': BASELINES['SEAM'], 'ours': OURS, 'weights .3': {**OURS, 'alpha': .3, 'beta': .3}, 'slow contrast': {**OURS, 'ramp': .5}, 'batch 8': {**OURS, 'batch_size': 8}, 'SEAM, batch 8': {**BASELINES['SEAM'], 'batch_size': 8},
+     'grid 16': {**OURS, 'options': {'grid': 16}}, 'background rest': {**OURS, 'options': {'background': 'rest'}},
+     'zeros': {**OURS, 'classifier': 'zeros'}, 'fixed PCM': {**OURS, 'pcm': 'fixed'}, 'fixed PCM, zeros': {**OURS, **CALM}, 'fixed PCM, zeros, plain labels': {**OURS, **CALM, 'options': {'refined': False}},
+     'SEAM, fixed PCM, zeros': {**BASELINES['SEAM'], **CALM}},
+    SEEDS, 'SEAM', {})
+TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE, tuning=TUNING)
 
 # %% ../nbs/45_ablations.ipynb #2c028152
 SEEDS_ONLY = dict(refine='none', segmenter='none')   # unless a column asks for more

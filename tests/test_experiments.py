@@ -7,7 +7,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
-from ppc.ablations import COMPONENTS, K, PRESETS, REFINEMENT, SEGMENTATION, TRANSFORMS, VARIANCE, settings_of
+from ppc.ablations import COMPONENTS, K, PRESETS, REFINEMENT, SEGMENTATION, TRANSFORMS, TUNING, VARIANCE, settings_of
 from ppc.sweeps import name_of, runs
 from ppc.tables import over_seeds, paired
 
@@ -55,6 +55,15 @@ def test_a_grid_with_holes_becomes_a_table(name, tmp_path, monkeypatch):
     found, column = over_seeds(names['ours']), next(iter(table.columns))
     assert found.loc[(rows[1], column), 'n'] == 3 and found.loc[(rows[-1], column), ['n', 'missing']].tolist() == [2, '1']
     assert paired(names['ours'], table.against).loc[(rows[-1], column), 'n'] == 2
+
+
+def test_the_other_table_of_presets(tmp_path, monkeypatch):
+    "`table: tuning` runs that table and shows its runs, the rest is of the runs that came along."
+    make_up(tmp_path, settings_of(TUNING, [0, 1]))
+    monkeypatch.setattr(papermill, 'execute_notebook', None)
+    names = execute('56_presets', monkeypatch, root=str(tmp_path), table='tuning', rows=[], columns=[], seeds=[0, 1])
+    assert {*dict(names['outcomes']).values()} == {'done'}
+    assert over_seeds(names['tuned']).n.tolist() == [2]*2*len(TUNING.rows) and {*names['ours'].row} == {*PRESETS.rows}
 
 
 def test_from_one_run_to_a_table(tmp_path):
