@@ -6,11 +6,12 @@
 __all__ = ['LINES', 'grid', 'read_values', 'name_of', 'run_one', 'is_done', 'execute', 'defaults', 'check_parameters',
            'check_folder', 'prepare', 'state', 'time_left', 'in_words', 'watched', 'sweep', 'runs', 'local']
 
-# %% ../nbs/40_sweeps.ipynb #5e9474e6
+# %% ../nbs/40_sweeps.ipynb #b1a3fd9a
 import ast, difflib, hashlib, itertools, json, os, re, sys, threading, time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 import pandas as pd
@@ -242,7 +243,7 @@ def runs(
     files = [f for f in sorted(Path(root).glob('*/metrics.json')) if (f.parent/'settings.json').exists()]
     return [{'name': f.parent.name, 'settings': read_json(f.parent/'settings.json'), 'metrics': read_json(f)} for f in files]
 
-# %% ../nbs/40_sweeps.ipynb #a49c18b7
+# %% ../nbs/40_sweeps.ipynb #d985817c
 @contextmanager
 def local(
     jobs, # runs at a time
@@ -251,6 +252,12 @@ def local(
     given = os.environ.get('OMP_NUM_THREADS')
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads()//jobs)))
     try:
-        with ThreadPool(jobs) as pool: yield pool.imap   # its threads, unlike an executor's, keep no interrupted process alive
+        with ThreadPool(jobs) as pool: yield lambda work, todo: _each(pool.imap(work, todo))   # its threads, unlike an executor's, keep no interrupted process alive
     finally:
         if given is None: del os.environ['OMP_NUM_THREADS']
+
+def _each(results):   # a signal that another thread got wakes nobody who waits without end
+    while True:
+        try: yield results.next(timeout=1)
+        except TimeoutError: pass
+        except StopIteration: return

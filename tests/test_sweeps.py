@@ -304,12 +304,25 @@ def interrupted():
     with local(2) as two: sweep('toy.ipynb', grid(k=[0, 1, 2]), 'runs', two)
 
 
-def test_ctrl_c_ends_the_driver_and_its_kernels(toy):
-    process = FRESH.Process(target=interrupted, daemon=True)
+def waiting(): return all(noted(f'runs/k={k}', 'waits') for k in (0, 1))
+
+def interrupted_elsewhere():
+    "A signal to a process may reach any of its threads; it then wakes nobody who waits in the main one."
+    def strike():
+        until(waiting)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        threading.Event().wait()
+    threading.Thread(target=strike, daemon=True).start()
+    interrupted()
+
+
+@pytest.mark.parametrize('target', [interrupted, interrupted_elsewhere])
+def test_ctrl_c_ends_the_driver_and_its_kernels(toy, target):
+    process = FRESH.Process(target=target, daemon=True)
     with held(0, 1):
         process.start()
-        until(lambda: all(noted(f'runs/k={k}', 'waits') for k in (0, 1)))
-        os.kill(process.pid, signal.SIGINT)
+        until(waiting)
+        if target is interrupted: os.kill(process.pid, signal.SIGINT)
         process.join(30)
         assert process.exitcode == 1 and not noted('runs/k=2', 'begin')
         until(lambda: not any(alive(pids(f'runs/k={k}')[0]) for k in (0, 1)))
