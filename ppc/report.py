@@ -103,10 +103,10 @@ def settings_tables(run):
 
 # %% ../nbs/47_report.ipynb #6dfcb705
 def measures(run):  # {name: mIoU in percent or None}
-    "The numbers of a run that are compared between runs."
+    "The numbers of a run that are compared between runs; those of its only method do not say whose they are."
     m = run.metrics
-    crf = {f'{k} +CRF': v for k, v in m.get('seed_crf_miou', {}).items()}
-    return {f'{k} seeds': v for k, v in m['seed_miou'].items()} | crf | {'masks': m.get('mask_miou'), 'segmenter': m.get('segmentation_miou')}
+    named = lambda found, what: {f'{k} {what}' if len(run.methods) > 1 else what: v for k, v in found.items()}
+    return named(m['seed_miou'], 'seeds') | named(m.get('seed_crf_miou', {}), '+CRF') | {'masks': m.get('mask_miou'), 'segmenter': m.get('segmentation_miou')}
 
 def columns(runs):  # names of settings, names of measures that any run has
     return list(dict.fromkeys(k for r in runs for k in r.own)), list(dict.fromkeys(k for r in runs for k, v in measures(r).items() if v is not None))
@@ -176,7 +176,7 @@ def spread_plot(runs):
             x, y = [v for r in rs if (v := r.metrics['seed_miou'].get(m)) is not None], i + .2*(n - (len(methods) - 1)/2)
             ax.plot(x, [y]*len(x), 'o', ms=4, alpha=.6, color=f'C{n}')
             if x: ax.plot(np.mean(x), y, '|', ms=9, mew=2, color=f'C{n}')
-    names = [(g if len(rs) > 1 else rs[0].folder.name).replace('$', r'\$') for g, rs in groups.items()]   # between dollars matplotlib reads LaTeX
+    names = [g.replace('$', r'\$') for g in groups]   # between dollars matplotlib reads LaTeX
     ax.set_yticks(range(len(groups)), [n if len(n) < 60 else f'{n[:59]}…' for n in names], fontsize=7)
     ax.invert_yaxis(); ax.tick_params(axis='x', labelsize=7)
     ax.set_xlabel('seed mIoU, %', fontsize=8); ax.legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1))
@@ -238,6 +238,7 @@ thead th { border-bottom: 2px solid var(--line); vertical-align: bottom }
 tbody th { font-weight: 600 }
 .number { text-align: right }
 .long { white-space: normal; min-width: 16rem }
+@media (max-width: 40rem) { tr > th:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; max-width: 9rem; position: sticky; left: 0; background: var(--paper) } }
 '''
 
 # %% ../nbs/47_report.ipynb #225f416c

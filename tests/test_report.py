@@ -172,6 +172,14 @@ def test_without_settings_the_difference_tells(tmp_path):
     assert tables(report_page(tmp_path/'runs', tmp_path/'page.html'))['Mean ± standard deviation over seeds, mIoU in %'][1] == ['all runs', '2', '30.5 ± 0.7']
 
 
+def test_runs_of_one_method_share_their_columns(tmp_path):
+    "Whose a number is stands among the settings: one column, not one for each method with gaps in it."
+    for m in ('cam', 'seam'):
+        for seed in (0, 1): put(tmp_path/'runs', f'{m}{seed}', {**record(**{m: 30. + seed}), 'seed_crf_miou': {m: 40. + seed}}, {'methods': [m], 'seed': seed})
+    found = tables(report_page(tmp_path/'runs', tmp_path/'page.html'))['Mean ± standard deviation over seeds, mIoU in %']
+    assert found[0] == ['setting', 'runs', 'seeds', '+CRF'] and found[2] == ['methods: seam', '2', '30.5 ± 0.7', '40.5 ± 0.7']
+
+
 def test_runs_that_tell_nothing_are_not_averaged(tmp_path):
     for name in 'ab': put(tmp_path/'runs', name, {'seed_miou': {'cam': 30.}})
     page = report_page(tmp_path/'runs', tmp_path/'page.html')
@@ -231,6 +239,9 @@ def test_a_sweep_in_a_browser(sweep, browser, tmp_path, width):
     looks_well(browser, report_page(sweep, tmp_path/'page.html'), width)
     browser.show(tmp_path/'page.html', width)
     assert browser.ask("document.querySelectorAll('details[open]').length") == 0
+    if width == 400:   # the name of a row leaves room for its first number, also while the rest is scrolled through
+        names = "[...document.querySelectorAll('.wide')].filter(w => w.offsetParent).flatMap(w => { w.scrollLeft = 60; return [...w.querySelectorAll('tr > th:first-child')].map(t => [t, w]) })"
+        assert browser.ask(f"{names}.every(([t, w]) => t.offsetWidth < 200 && Math.abs(t.getBoundingClientRect().left - w.getBoundingClientRect().left) < 1)")
     browser.ask("document.querySelectorAll('th a')[3].click()")
     assert browser.ask("new Promise(r => setTimeout(() => r([...document.querySelectorAll('details[open] > summary')].map(s => s.textContent)), 300))") == ['k=8,seed=0']
 
