@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEED', 'OURS', 'CALM', 'BASELINES', 'PLAIN', 'PLAIN_CAM', 'COMPONENTS', 'SEEDS', 'NO_CRF', 'K', 'TRANSFORMS', 'WITH',
-           'MORE', 'REFINEMENT', 'SEGMENTATION', 'BEYOND', 'PRESETS', 'SOURCES', 'PARTS', 'VARIANCE', 'TUNING',
+           'MORE', 'REFINEMENT', 'SEGMENTATION', 'BEYOND', 'PRESETS', 'SOURCES', 'PARTS', 'VARIANCE', 'ALIKE', 'TUNING',
            'TABLES', 'SEEDS_ONLY', 'BUDGETS', 'Table', 'cells', 'reported', 'settings_of', 'switched']
 
 # %% ../nbs/45_ablations.ipynb #56f9f3ba
@@ -98,11 +98,13 @@ VARIANCE = Table(
      'zeros': _by(*SOURCES, classifier='zeros'), 'fixed PCM': _by(*SOURCES, pcm='fixed'), 'fixed PCM, zeros': _by(*SOURCES, **CALM), 'fixed PCM, zeros, mean': _by(*SOURCES, **CALM, ema=.98), 'SEAM, fixed PCM, zeros': {**_by(*SOURCES, **CALM), **BASELINES['SEAM']},
      'mean of weights': _by(*SOURCES, ema=.98), 'slow contrast': _by(*SOURCES, ramp=.5), 'both': _by(*SOURCES, ema=.98, ramp=.5)},
     {**NO_CRF, 'plain CAM': PLAIN_CAM}, 'all', {})
+ALIKE = {'fixed PCM, zeros': CALM, 'SGD': {'optimizer': 'SGD', 'lr': .01, 'momentum': .0005}, 'SGD, momentum .9': {'optimizer': 'SGD', 'lr': .001, 'momentum': .9},
+         'batch 8': {'batch_size': 8}, 'batch 8, 4 epochs': {'batch_size': 8, 'epochs': 4}}   # what SEAM has, too
 TUNING = Table(
-    {'SEAM': BASELINES['SEAM'], 'ours': OURS, 'weights .3': {**OURS, 'alpha': .3, 'beta': .3}, 'slow contrast': {**OURS, 'ramp': .5}, 'batch 8': {**OURS, 'batch_size': 8}, 'SEAM, batch 8': {**BASELINES['SEAM'], 'batch_size': 8},
-     'grid 16': {**OURS, 'options': {'grid': 16}}, 'background rest': {**OURS, 'options': {'background': 'rest'}},
-     'zeros': {**OURS, 'classifier': 'zeros'}, 'fixed PCM': {**OURS, 'pcm': 'fixed'}, 'fixed PCM, zeros': {**OURS, **CALM}, 'fixed PCM, zeros, plain labels': {**OURS, **CALM, 'options': {'refined': False}},
-     'SEAM, fixed PCM, zeros': {**BASELINES['SEAM'], **CALM}},
+    {'SEAM': BASELINES['SEAM'], 'ours': OURS, 'weights .3': {**OURS, 'alpha': .3, 'beta': .3}, 'slow contrast': {**OURS, 'ramp': .5},
+     'grid 16': {**OURS, 'options': {'grid': 16}}, 'background rest': {**OURS, 'options': {'background': 'rest'}}, 'label masking': {**OURS, 'options': {'assigned': True}},
+     'zeros': {**OURS, 'classifier': 'zeros'}, 'fixed PCM': {**OURS, 'pcm': 'fixed'}, 'fixed PCM, zeros, plain labels': {**OURS, **CALM, 'options': {'refined': False}},
+     **{row: {**base, **more} for name, more in ALIKE.items() for row, base in ((f'SEAM, {name}', BASELINES['SEAM']), (name, OURS))}},
     SEEDS, 'SEAM', {})
 TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE, tuning=TUNING)
 
