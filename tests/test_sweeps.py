@@ -301,6 +301,7 @@ def test_drivers_side_by_side_share_the_work(toy):
 
 
 def interrupted():
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # who starts the tests in the background of a shell has them ignore it
     with local(2) as two: sweep('toy.ipynb', grid(k=[0, 1, 2]), 'runs', two)
 
 
