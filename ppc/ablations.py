@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEED', 'OURS', 'CALM', 'BASELINES', 'PLAIN', 'PLAIN_CAM', 'COMPONENTS', 'SEEDS', 'NO_CRF', 'K', 'TRANSFORMS', 'WITH',
            'MORE', 'REFINEMENT', 'SEGMENTATION', 'BEYOND', 'PRESETS', 'SOURCES', 'PARTS', 'VARIANCE', 'ALIKE', 'TUNING',
-           'TABLES', 'SEEDS_ONLY', 'BUDGETS', 'Table', 'cells', 'reported', 'settings_of', 'switched']
+           'LONGER', 'TABLES', 'SEEDS_ONLY', 'BUDGETS', 'Table', 'cells', 'reported', 'settings_of', 'switched']
 
 # %% ../nbs/45_ablations.ipynb #56f9f3ba
 from typing import NamedTuple
@@ -99,19 +99,25 @@ VARIANCE = Table(
      'mean of weights': _by(*SOURCES, ema=.98), 'slow contrast': _by(*SOURCES, ramp=.5), 'both': _by(*SOURCES, ema=.98, ramp=.5)},
     {**NO_CRF, 'plain CAM': PLAIN_CAM}, 'all', {})
 ALIKE = {'fixed PCM, zeros': CALM, 'SGD': {'optimizer': 'SGD', 'lr': .01, 'momentum': .0005}, 'SGD, momentum .9': {'optimizer': 'SGD', 'lr': .001, 'momentum': .9},
-         'batch 8': {'batch_size': 8}, 'batch 8, 4 epochs': {'batch_size': 8, 'epochs': 4}}   # what SEAM has, too
+         'batch 8': {'batch_size': 8}, 'batch 8, dropout .5': {'batch_size': 8, 'dropout': .5}}   # what SEAM has, too
 TUNING = Table(
     {'SEAM': BASELINES['SEAM'], 'ours': OURS, 'weights .3': {**OURS, 'alpha': .3, 'beta': .3}, 'slow contrast': {**OURS, 'ramp': .5},
      'grid 16': {**OURS, 'options': {'grid': 16}}, 'background rest': {**OURS, 'options': {'background': 'rest'}}, 'label masking': {**OURS, 'options': {'assigned': True}},
      'zeros': {**OURS, 'classifier': 'zeros'}, 'fixed PCM': {**OURS, 'pcm': 'fixed'}, 'fixed PCM, zeros, plain labels': {**OURS, **CALM, 'options': {'refined': False}},
-     **{row: {**base, **more} for name, more in ALIKE.items() for row, base in ((f'SEAM, {name}', BASELINES['SEAM']), (name, OURS))}},
+     **{row: {**base, **more} for name, more in ALIKE.items() for row, base in ((f'SEAM, {name}', BASELINES['SEAM']), (name, OURS))},
+     **{f'batch 8, {name}': {**OURS, 'batch_size': 8, **more} for name, more in {
+         'weights .3': {'alpha': .3, 'beta': .3}, 'label masking': {'options': {'assigned': True}}, 'level .3': {'options': {'level': .3}}, 'level .4': {'options': {'level': .4}}}.items()}},
     SEEDS, 'SEAM', {})
-TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE, tuning=TUNING)
+LONGER = Table(
+    {r: WITH[r] for r in ('SEAM', 'Ours w/ SEAM')},
+    {f'{epochs} epochs in batches of {size}{after}': ({'epochs': epochs, 'batch_size': size}, number)
+     for after, number in (('', 'seed_miou'), (', +CRF', 'seed_crf_miou')) for epochs, size in ((2, 16), (2, 8), (4, 8), (8, 8))},
+    'SEAM', {})
+TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE, tuning=TUNING, longer=LONGER)
 
 # %% ../nbs/45_ablations.ipynb #2c028152
 SEEDS_ONLY = dict(refine='none', segmenter='none')   # unless a column asks for more
 BUDGETS = {
     'short': dict(scenes=16, closeups=32, batch_size=8, resize=[64, 96], crop=64, target=32, seg_options=dict(crop=64), refine_options=dict(crop=64), **SEEDS_ONLY),
     'scenes': dict(scenes=240, closeups=2400, pretrain_epochs=10, target=96, epochs=4, batch_size=8, **SEEDS_ONLY),
-    'animals': dict(seed_split='train_masks', output_stride=16, resize=[256, 440], crop=256, target=128, epochs=3, batch_size=16, lr=1e-4, k=8, scales=[1.0, 1.5],
-                    precision='bf16', **SEEDS_ONLY)}
+    'animals': dict(seed_split='train_masks', output_stride=16, resize=[256, 440], crop=256, target=128, epochs=4, batch_size=8, lr=1e-4, k=8, precision='bf16', **SEEDS_ONLY)}

@@ -28,7 +28,7 @@ from .saliency import link_saliency, make_saliency, saliency_source
 from .scenes import make_scenes
 from .sources import SOURCES, convert as convert_weights, fetch as fetch_weights, needed, start_of, weights_table
 from .sweeps import defaults, grid, in_words as sweep_in_words, local, read_values, state, sweep as run_sweep
-from .tables import column_text, in_words as table_in_words, numbers, renew, table_in
+from .tables import in_words as table_in_words, numbers, renew, table_in, table_text
 from .training import Stopped
 from .voc import make_voc
 
@@ -236,7 +236,7 @@ def table(
         if runs.is_file(): return renew(runs)
         made, found = table_in(runs)
         for column in made.columns:
-            typer.echo(f'{column_text(runs, column)}\n\n{table_in_words(numbers(found, made), made, column)}\n')
+            typer.echo(f'{table_text(runs, column)}\n\n{table_in_words(numbers(found, made), made, column)}\n')
 
 @app.command()
 def report(

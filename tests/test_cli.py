@@ -161,6 +161,8 @@ def test_table_and_report_of_a_sweep(tmp_path):
     assert ppc('table', tmp_path/'README.md').exit_code == 0
     made = (tmp_path/'README.md').read_text()
     assert '| K = 8 | 60.87 | 54.0 ± 2.8 |' in made and made.startswith('# Mine') and made.endswith('<!-- end -->\n\nAnd so on.\n') and 'old' not in made
+    (tmp_path/'README.md').write_text(text.replace('train', 'K = 8').format(''))
+    assert ppc('table', tmp_path/'README.md').exit_code == 0 and '| train | 51.0 ± 1.4 | 54.0 ± 2.8 | 2 | +5.5 | +3.0 | -9.7 to +15.7 |' in (tmp_path/'README.md').read_text()
     (tmp_path/'README.md').write_text(text.replace('train', 'tram').format(''))
-    assert "no column 'tram'" in ppc('table', tmp_path/'README.md').stderr
+    assert "no 'tram'" in ppc('table', tmp_path/'README.md').stderr
     assert ppc('report', tmp_path/'k').exit_code == 0 and '4 finished runs' in (tmp_path/'k'/'report.html').read_text()

@@ -13,7 +13,7 @@ from ppc import parameters
 from ppc.ablations import BEYOND, COMPONENTS, K, PRESETS, REFINEMENT, SEED, SEGMENTATION, TABLES, TRANSFORMS, VARIANCE, Table, cells, settings_of
 from ppc.contrast import OFFICIAL, PAPER
 from ppc.stages import contrast_reading, method_losses
-from ppc.tables import beside, common, difference_plot, differences, in_words, markdown, numbers, over_seeds, paired, per_class, spread, table_of
+from ppc.tables import along, beside, common, difference_plot, differences, in_words, markdown, numbers, over_seeds, paired, per_class, spread, table_of
 
 LITTLE = Table({'a': {'methods': ['seam']}, 'b': {'methods': ['seam+ppc'], 'k': 8}, 'c': {'methods': ['seam+ppc'], 'options': {'grid': 8}}},
                {'x': ({}, 'seed_miou'), 'y': ({'refine': 'psa'}, 'mask_miou')}, 'a', {'a': (50., None), 'b': (52.5, 60.)})
@@ -159,6 +159,18 @@ def test_beside_tells_all():
     assert shown.loc['b'].tolist() == ['52.50', '53.5 ± 0.7', '53.5', '2, lacks 2', '+2.5', '+2.5', f'{low:+.1f} to {high:+.1f}']
     assert shown.loc['c'].tolist() == ['', '49.0', '49.0', '1, lacks 1, 2', '', '-1.0', '']
     assert 'paper' not in beside(numbers(runs_of(values), LITTLE), LITTLE._replace(paper={}), 'x')
+
+
+def test_along_tells_what_both_rows_have():
+    "Seeds that one of them lacks count for neither, and a column that one of them lacks is not there."
+    values = {('a', 0): 50., ('a', 1): 52., ('a', 2): 99., ('b', 0): 53., ('b', 1): 54.}
+    masks = [run({**LITTLE.rows['a'], 'refine': 'psa', 'seed': 0}, mask_miou=60.)]
+    shown = along(numbers(runs_of(values) + masks, LITTLE), LITTLE, 'b')
+    low, high = stats.ttest_rel([53, 54], [50, 52]).confidence_interval(.95)
+    assert list(shown.index) == ['x'] and shown.loc['x'].tolist() == ['51.0 ± 1.4', '53.5 ± 0.7', '2', '+2.5', '+2.5', f'{low:+.1f} to {high:+.1f}']
+    masks += [run({**LITTLE.rows['b'], 'refine': 'psa', 'seed': 0}, mask_miou=64.)]
+    assert along(numbers(masks, LITTLE), LITTLE, 'b').loc['y'].tolist() == ['60.0', '64.0', '1', '+4.0', '']   # of y the paper has one number alone
+    assert along(numbers(runs_of(values)[:3], LITTLE), LITTLE, 'b').empty
 
 
 def test_words_are_those_of_the_numbers():
