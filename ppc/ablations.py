@@ -111,7 +111,7 @@ TUNING = Table(
 LONGER = Table(
     {r: WITH[r] for r in ('SEAM', 'Ours w/ SEAM')},
     {f'{epochs} epochs in batches of {size}{after}': ({'epochs': epochs, 'batch_size': size}, number)
-     for after, number in (('', 'seed_miou'), (', +CRF', 'seed_crf_miou')) for epochs, size in ((2, 16), (2, 8), (4, 8), (8, 8))},
+     for after, number in (('', 'seed_miou'), (', +CRF', 'seed_crf_miou')) for epochs, size in ((2, 16), (2, 8), (4, 8), (8, 8), (16, 8), (32, 8))},
     'SEAM', {})
 TABLES = dict(components=COMPONENTS, k=K, transforms=TRANSFORMS, refinement=REFINEMENT, segmentation=SEGMENTATION, presets=PRESETS, variance=VARIANCE, tuning=TUNING, longer=LONGER)
 

@@ -142,6 +142,7 @@ def fit(
     "Train, continuing where an earlier call left off. Raises `Stopped`, `FloatingPointError`, `DataError`."
     out, began = Path(out), time.time()
     accelerator = Accelerator(mixed_precision=precision, cpu=device == 'cpu')
+    if precision != 'no': model.to(memory_format=torch.channels_last)   # as convolutions of half precision read it fastest
     model, optimizer = accelerator.prepare(model, optimizer)
     plain, checkpoint, noise = accelerator.unwrap_model(model), out/'checkpoint.pt', seed if noise is None else noise
     mean = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None

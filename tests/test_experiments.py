@@ -7,7 +7,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
-from ppc.ablations import COMPONENTS, K, PRESETS, REFINEMENT, SEGMENTATION, TRANSFORMS, TUNING, VARIANCE, settings_of
+from ppc.ablations import COMPONENTS, K, LONGER, PRESETS, REFINEMENT, SEGMENTATION, TRANSFORMS, TUNING, VARIANCE, settings_of
 from ppc.sweeps import name_of, runs
 from ppc.tables import over_seeds, paired
 
@@ -57,13 +57,14 @@ def test_a_grid_with_holes_becomes_a_table(name, tmp_path, monkeypatch):
     assert paired(names['ours'], table.against).loc[(rows[-1], column), 'n'] == 2
 
 
-def test_the_other_table_of_presets(tmp_path, monkeypatch):
+@pytest.mark.parametrize('name, table, shown', [('tuning', TUNING, 'tuned'), ('longer', LONGER, 'longer')])
+def test_the_other_tables_of_presets(name, table, shown, tmp_path, monkeypatch):
     "`table: tuning` runs that table and shows its runs, the rest is of the runs that came along."
-    make_up(tmp_path, settings_of(TUNING, [0, 1]))
+    make_up(tmp_path, settings_of(table, [0, 1]))
     monkeypatch.setattr(papermill, 'execute_notebook', None)
-    names = execute('56_presets', monkeypatch, root=str(tmp_path), table='tuning', rows=[], columns=[], seeds=[0, 1])
+    names = execute('56_presets', monkeypatch, root=str(tmp_path), table=name, rows=[], columns=[], seeds=[0, 1])
     assert {*dict(names['outcomes']).values()} == {'done'}
-    assert over_seeds(names['tuned']).n.tolist() == [2]*2*len(TUNING.rows) and {*names['ours'].row} == {*PRESETS.rows}
+    assert over_seeds(names[shown]).n.tolist() == [2]*len(table.columns)*len(table.rows) and {*names['ours'].row} == {*PRESETS.rows}
 
 
 def test_from_one_run_to_a_table(tmp_path):

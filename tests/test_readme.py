@@ -126,7 +126,7 @@ def test_tables_are_made_from_their_runs():
     assert len(shown) >= 7
     for root in shown:
         table, found = table_in(ROOT/root)
-        assert table.paper or Path(root).name.split('-')[0] in ('variance', 'tuning')
+        assert table.paper or Path(root).name.split('-')[0] in ('variance', 'longer')
         seeds = {json.dumps(r['settings'].get('chance') or r['settings'].get('seed')) for r in found}
         assert len(seeds) >= 3 or root.endswith('animals'), root
 

@@ -18,13 +18,13 @@ from ppc.stages import train_cam
 from ppc.data import TagFolder
 import ppc.training as training
 from pathlib import Path
-data, out, slow = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+data, out, precision, slow = sys.argv[1], Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 plain = training._record
 def record(*a):
     import time; time.sleep(slow); return plain(*a)
 training._record = record
 out.mkdir(exist_ok=True)
-p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4, ema=.9, ramp=.5)   # the running mean is resumed as well
+p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4, ema=.9, ramp=.5, precision=precision)   # the running mean is resumed as well
 fit = training.fit
 import ppc.stages
 ppc.stages.fit = lambda *a, **k: fit(*a, **k, log_every=1)
@@ -32,7 +32,7 @@ train_cam(out, TagFolder(data), 'seam+ppc', p[Shared], p[CamTraining], None)
 '''
 
 
-def start(data, out, slow=0): return subprocess.Popen([sys.executable, '-c', RUN, data, out, str(slow)], stderr=subprocess.PIPE, text=True)
+def start(data, out, precision, slow=0): return subprocess.Popen([sys.executable, '-c', RUN, data, out, precision, str(slow)], stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):
@@ -40,11 +40,15 @@ def finish(process):
     return process.returncode, error
 
 
+@pytest.fixture(scope='module', params=['no', 'bf16'])   # half precision also lays its memory out differently
+def precision(request): return request.param
+
+
 @pytest.fixture(scope='module')
-def whole(scenes, tmp_path_factory):
+def whole(scenes, precision, tmp_path_factory):
     "A run that was left alone."
     out = tmp_path_factory.mktemp('whole')
-    code, error = finish(start(scenes, out))
+    code, error = finish(start(scenes, out, precision))
     assert code == 0, error
     return out
 
@@ -57,8 +61,8 @@ def wait_for_steps(out, n, process):
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize('step', [6])
-def test_stopped_and_resumed_is_the_same_bits(how, step, scenes, whole, tmp_path):
-    process = start(scenes, tmp_path, slow=.2)
+def test_stopped_and_resumed_is_the_same_bits(how, step, scenes, precision, whole, tmp_path):
+    process = start(scenes, tmp_path, precision, slow=.2)
     wait_for_steps(tmp_path, step, process)
     process.send_signal(how)
     code, error = finish(process)
@@ -66,7 +70,7 @@ def test_stopped_and_resumed_is_the_same_bits(how, step, scenes, whole, tmp_path
     done = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step']
     assert done == 4 if how == signal.SIGKILL else done >= step     # at the epoch's end; a polite signal is heard at once
     if how != signal.SIGKILL: assert 'Stopped' in error
-    code, error = finish(start(scenes, tmp_path))
+    code, error = finish(start(scenes, tmp_path, precision))
     assert code == 0, error
     a, b = (read_weights(f/'weights.safetensors') for f in (whole, tmp_path))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -74,9 +78,9 @@ def test_stopped_and_resumed_is_the_same_bits(how, step, scenes, whole, tmp_path
     assert drop(read_log(whole/'log.jsonl')) == drop(read_log(tmp_path/'log.jsonl'))
 
 
-def test_truncated_checkpoint_is_named(scenes, whole, tmp_path):
+def test_truncated_checkpoint_is_named(scenes, precision, whole, tmp_path):
     (tmp_path/'checkpoint.pt').write_bytes((whole/'checkpoint.pt').read_bytes()[:5000])
-    code, error = finish(start(scenes, tmp_path))
+    code, error = finish(start(scenes, tmp_path, precision))
     assert code != 0 and 'checkpoint.pt' in error and 'delete it' in error
 
 
