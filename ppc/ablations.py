@@ -109,7 +109,7 @@ TUNING = Table(
          'weights .3': {'alpha': .3, 'beta': .3}, 'label masking': {'options': {'assigned': True}}, 'level .3': {'options': {'level': .3}}, 'level .4': {'options': {'level': .4}}}.items()}},
     SEEDS, 'SEAM', {})
 LONGER = Table(
-    {r: WITH[r] for r in ('SEAM', 'Ours w/ SEAM')},
+    {**{r: WITH[r] for r in ('SEAM', 'Ours w/ SEAM')}, 'weights .3': TUNING.rows['weights .3'], 'weights 1': {**OURS, 'alpha': 1.0, 'beta': 1.0}},
     {f'{epochs} epochs in batches of {size}{after}': ({'epochs': epochs, 'batch_size': size}, number)
      for after, number in (('', 'seed_miou'), (', +CRF', 'seed_crf_miou')) for epochs, size in ((2, 16), (2, 8), (4, 8), (8, 8), (16, 8), (32, 8))},
     'SEAM', {})
