@@ -238,7 +238,7 @@ thead th { border-bottom: 2px solid var(--line); vertical-align: bottom }
 tbody th { font-weight: 600 }
 .number { text-align: right }
 .long { white-space: normal; min-width: 16rem }
-@media (max-width: 40rem) { tr > th:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; max-width: 9rem; position: sticky; left: 0; background: var(--paper) } }
+@media (max-width: 40rem) { tr > th:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; max-width: 9rem; position: sticky; left: 0; background: var(--paper) } }
 '''
 
 # %% ../nbs/47_report.ipynb #225f416c
