@@ -100,6 +100,7 @@ DIR = typer.Argument(..., help='Dataset folder to make, or to continue.')
 
 def counted(found): return '\n'.join(f'{k:<14} {n:,}' for k, n in found.items())
 
+# %% ../nbs/49_cli.ipynb #sc811666
 @data.command()
 def folder(
     dir: Path = DIR,

@@ -118,6 +118,7 @@ def _names(found):
             paths.setdefault(_key(p), set()).add(i)
     return names | paths
 
+# %% ../nbs/04_folders.ipynb #sf82f594
 def _which(name, names, where):
     path = PureWindowsPath(name)
     if path.anchor or '..' in path.parts: raise DataError(f'{where} has {name!r}: write the path below the folder of photographs.')
@@ -154,6 +155,7 @@ def make_folder(
     return {'images': len(told), 'without tags': sum(not these & {*classes[1:]} for these in told.values()), 'masks': len(painted),
             'left out': len(found) - len(told), 'other files': others}
 
+# %% ../nbs/04_folders.ipynb #s39b8881
 def _class_folders(images, found):
     told = {i: {'_'.join(p.parts[0].split()) for p in places if len(p.parts) > 1} for i, places in found.items()}
     told = {i: these for i, these in told.items() if these}
@@ -203,6 +205,7 @@ def _companions(folder, files, wrong): # id -> path
     if strange and files: wrong(f'{strange[0]} belongs to no image ({len(strange)} such files): name it as its image, with the ending .png.')
     return named
 
+# %% ../nbs/04_folders.ipynb #s2dcb1d3
 def _counts(lists, classes, tags, files, masks, saliency):
     table = {}
     for name, ids in lists.items():

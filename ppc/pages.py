@@ -86,6 +86,7 @@ class Chapter(NamedTuple):
     def short(self):  # for a list: number, and the title up to the colon
         return ' '.join([*re.findall(r'^\d+', self.stem), self.title.split(':')[0]])
 
+# %% ../nbs/48_pages.ipynb #s77a1b31
 def exports(source, stem, module):  # -> list of `Name`
     "The public functions and classes that a cell defines."
     lines = source.splitlines()
@@ -126,6 +127,7 @@ def plain_table(text):  # HTML of pandas
     body = re.sub(r'<td>([^<]{40,})</td>', r'<td class="long">\1</td>', body)
     return head.replace('<th>', '<th scope="col">') + body + rest
 
+# %% ../nbs/48_pages.ipynb #s7d25297
 CODE = Highlight2HTML()
 
 def code_cell(cell, alt, module):  # -> HTML, '' where nothing is to be seen
@@ -207,6 +209,8 @@ input { font: inherit; width: min(100%, 26rem); padding: .4em .6em; border: 1px 
   .names .section { grid-column: 1/3 }
 }
 '''
+
+# %% ../nbs/48_pages.ipynb #s3fb877f
 COLOURS = [HtmlFormatter(style=style).get_style_defs('.highlight') for style in ('xcode', 'github-dark')]
 
 def style_sheet(text):  # characters of the formulas -> CSS

@@ -40,6 +40,7 @@ class Run(NamedTuple):
     @property
     def parameters(self): return self.metrics.get('parameters', {})
 
+# %% ../nbs/47_report.ipynb #sbb9c1db
 def find_runs(
     root, # folder of a run, or of several
 ) -> list:# of `Run`
@@ -93,6 +94,7 @@ def class_table(run):
     rows = [[c, *(percent(iou.get(c)) for iou in counted.values())] for c in classes]
     return Table('IoU of each class, %', ['class', *counted], rows) if counted else None
 
+# %% ../nbs/47_report.ipynb #sc4b3539
 def settings_tables(run):
     "What was told otherwise than the defaults, and the rest."
     usual = {k: v for part in settings().values() for k, v in asdict(part).items()}
@@ -111,6 +113,7 @@ def measures(run):  # {name: mIoU in percent or None}
 def columns(runs):  # names of settings, names of measures that any run has
     return list(dict.fromkeys(k for r in runs for k in r.own)), list(dict.fromkeys(k for r in runs for k, v in measures(r).items() if v is not None))
 
+# %% ../nbs/47_report.ipynb #s5f5bf9c
 def runs_table(runs):
     "One row for each run."
     own, names = columns(runs)
@@ -119,6 +122,7 @@ def runs_table(runs):
     rows = [[link(n, r.folder.name), *cells(r)] for n, r in enumerate(runs, 1)]
     return Table('Every run: settings of its own, mIoU in %, time', ['run', *own, *names, 'time'], rows)
 
+# %% ../nbs/47_report.ipynb #sa8aa207
 def by_setting(runs):  # settings without the seed, in words -> runs; one that tells neither stays alone
     groups = {}
     for r in runs:
@@ -150,6 +154,7 @@ def svg(
 def image(kind, data, alt, size=''):  # -> `Markup`
     return Markup('<img src="data:image/{};base64,{}" alt="{}"{}>').format(kind, base64.b64encode(data).decode(), alt, Markup(size))
 
+# %% ../nbs/47_report.ipynb #se1189b7
 def curves(run):
     "Threshold curves of the seeds and the logs of everything that learned, as far as they are there."
     seeds = {m: read_json(f) for m in run.methods if (f := run.folder/m/'seeds'/'metrics.json').is_file()}
@@ -191,6 +196,7 @@ def thumbnail(picture, alt, flat=False):  # (H, W, 3) uint8 or `PIL.Image` -> `M
     im.save(file := io.BytesIO(), *(['PNG'] if flat else ['JPEG']), **({'optimize': True} if flat else {'quality': 85}))
     return image('png' if flat else 'jpeg', file.getvalue(), alt, f' width={im.width} height={im.height}')
 
+# %% ../nbs/47_report.ipynb #s8f61077
 def stages_shown(run, split):  # title -> (kind, folder of its files)
     best, refine = run.metrics.get('best', run.methods[-1]), run.parameters.get('refine')
     walked = {} if refine in ('none', 'crf', None) else {'labels': 'affinity-labels', refine.upper(): 'masks'}
@@ -317,6 +323,7 @@ def page_of(run):  # -> what the template shows of it
     shown = dict(result=result_table(run), gallery=gallery(run), curves=curves(run), classes=class_table(run), made=made_with(run))
     return dict(shown, name=run.folder.name, own=own, usual=usual)
 
+# %% ../nbs/47_report.ipynb #sb5dcb00
 def report_page(
     root, # folder of a run, or of several, as a sweep leaves it
     file, # .html to write

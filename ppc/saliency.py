@@ -58,6 +58,7 @@ def _opencv():
     except ImportError: raise ImportError('Making saliency maps needs OpenCV with its saliency module: pip install ppc[saliency]') from None
     return cv2
 
+# %% ../nbs/07_saliency.ipynb #s16e97e8
 def simple_saliency(
     image,    # (H, W, 3) uint8 RGB
     blur=.05, # of the long side
@@ -88,6 +89,7 @@ def make_saliency(
         for _ in tqdm(pool.map(lambda i: _write(folder, i), range(len(folder))), total=len(folder), desc='maps'): pass
     return dict(maps=len(folder))
 
+# %% ../nbs/07_saliency.ipynb #s0e40373
 def _write(folder, i):
     out = folder.root/'Saliency'/f'{folder.ids[i]}.png'
     if out.exists(): return

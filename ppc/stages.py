@@ -55,6 +55,7 @@ def peak_memory():  # MB: on a GPU of the stage, elsewhere the most that the pro
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()//2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
 
+# %% ../nbs/38_stages.ipynb #s80a3c95
 def _same_config(path, config):
     if not path.exists(): return write_json(path, config)
     found = read_json(path)
@@ -88,6 +89,7 @@ def make_backbone(
     if pretrained: load_state(backbone, {k[9:]: v for k, v in read_weights(pretrained).items() if k.startswith('backbone.')}, pretrained)
     return backbone
 
+# %% ../nbs/38_stages.ipynb #s30b9bee
 def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM for SEAM
     "The network of a method; with the same seed a baseline and the same + ppc begin with the same weights."
     backbone = make_backbone(c, pretrained=pretrained)
@@ -104,6 +106,7 @@ def contrast_reading(c):  # `CamTraining` -> `Reading`
     "The reading that the parameters name, with their options. Raises `ValueError`."
     return preset('reading', READINGS, c.reading, c.options)
 
+# %% ../nbs/38_stages.ipynb #sfd79f5f
 def method_losses(
     method, # one of `KNOWN`
     c,      # `CamTraining`
@@ -149,6 +152,7 @@ def pretrain(folder, closeups, s, c):
 
 def competes(method): return 'eps' in method.split('+')  # EPS: channels share each pixel, guided by saliency
 
+# %% ../nbs/38_stages.ipynb #s2b5f3b2
 CHANCE = ('init', 'order', 'views', 'noise')  # what a seed decides in a training
 PARTS = {'classifier': 'classifier', 'projector': 'projector', 'pcm': 'refine'}   # of init: modules whose first weights may have another seed alone
 
@@ -177,6 +181,7 @@ def make_cams(folder, data, weights, method, s, c, seeds):
     write_cams(model, data, folder, seeds.scales, refined=seeds.refined, softmax=competes(method), label=f'{method} CAMs')
     return {'images': len(data)}
 
+# %% ../nbs/38_stages.ipynb #sa2498e2
 def class_iou(counts, classes):  # {name: percent}, None for a class that is nowhere
     return {c: None if np.isnan(v) else round(100*float(v), 2) for c, v in zip(classes, iou(counts))}
 
@@ -224,6 +229,7 @@ def make_affinity_net(c, r, options, pretrained=None):  # -> `AffinityNet` or `I
     backbone = make_backbone(c, r.refine_backbone, r.refine_weights, pretrained)
     return AffinityNet(backbone, options.radius) if isinstance(options, Psa) else IRNet(backbone)
 
+# %% ../nbs/38_stages.ipynb #s024a6d8
 def train_affinities(folder, data, labels, options, s, c, r, pretrained):
     "Train the network that tells what belongs together."
     torch.manual_seed(s.seed)
@@ -255,6 +261,7 @@ def train_segmenter(folder, data, masks, recipe, s, c, g, pretrained):
     train_deeplab(make_segmenter(c, g, len(data.classes), recipe, pretrained), data, masks, folder, recipe, s.seed, label='segmenter', **_how(s))
     return {'images': len(data), 'epochs': recipe.epochs}
 
+# %% ../nbs/38_stages.ipynb #s3b5ec42
 def load_segmenter(weights, classes, recipe, s, c, g):  # trained, -> `DeepLab`
     return _load(make_segmenter(replace(c, weights=''), replace(g, seg_weights=''), len(classes), recipe), weights, s)
 

@@ -16,7 +16,7 @@ from ppc.data import TagFolder, read_mask
 from ppc.pipeline import METHODS
 from ppc.scenes import scene
 from ppc.sweeps import grid, sweep
-from ppc.tables import renewed, table_in
+from ppc.tables import numbers, over_seeds, renewed, table_in
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
@@ -129,6 +129,12 @@ def test_tables_are_made_from_their_runs():
         assert table.paper or Path(root).name.split('-')[0] in ('variance', 'longer')
         seeds = {json.dumps(r['settings'].get('chance') or r['settings'].get('seed')) for r in found}
         assert len(seeds) >= 3 or root.endswith('animals'), root
+
+
+def test_k_is_as_flat_as_its_runs():
+    table, found = table_in(ROOT/'runs'/'results'/'k')
+    means = over_seeds(numbers(found, table)).xs('train', level='column')['mean'][['K = 8', 'K = 16', 'K = 32', 'K = 64']]
+    assert f'Flat within {means.max() - means.min():.1f} points from 8 to 64' in README
 
 
 def test_results_name_no_machine():
