@@ -19,16 +19,23 @@ import typer
 import yaml
 from .coco import make_coco
 from .deeplab import export as export_network
-from .folders import make_folder, report as look_at
-from .pipeline import METHODS, provenance, run as run_pipeline, trained_segmenter
+from .folders import folder_report as look_at
+from .folders import make_folder
+from .pipeline import METHODS, provenance, trained_segmenter
+from .pipeline import run as run_pipeline
 from .planning import dry_run
-from .predicting import load, predict_images, read_names
+from .predicting import load_model, predict_images, read_names
 from .report import report_page
 from .saliency import link_saliency, make_saliency, saliency_source
 from .scenes import make_scenes
-from .sources import SOURCES, convert as convert_weights, fetch as fetch_weights, needed, start_of, weights_table
-from .sweeps import defaults, grid, in_words as sweep_in_words, local, read_values, state, sweep as run_sweep
-from .tables import in_words as table_in_words, numbers, renew, table_in, table_text
+from .sources import WEIGHT_SOURCES, required_starts, start_for, weights_table
+from .sources import convert as convert_weights
+from .sources import fetch as fetch_weights
+from .sweeps import defaults, grid, local_engine, read_values, sweep_state
+from .sweeps import summary_line as sweep_in_words
+from .sweeps import sweep as run_sweep
+from .tables import collect_numbers, read_table, table_text, update_file
+from .tables import conclusion as table_in_words
 from .training import Stopped
 from .voc import make_voc
 
@@ -41,7 +48,8 @@ def notebook():  # path of 50_run.ipynb, beside the package or inside it
     "Where the notebook of a run is. Raises `FileNotFoundError`."
     here = Path(__file__).parent
     for path in (here.parent/'nbs'/'50_run.ipynb', here/'nbs'/'50_run.ipynb'):
-        if path.is_file(): return path
+        if path.is_file():
+            return path
     raise FileNotFoundError(f'50_run.ipynb is neither in {here.parent/"nbs"} nor in {here/"nbs"}: install ppc from its repository.')
 
 def execute(
@@ -70,7 +78,8 @@ app = typer.Typer(help='Pixel masks from image tags.', no_args_is_help=True, add
 @contextmanager
 def told():
     "Whatever a user can mend becomes a sentence."
-    try: yield
+    try:
+        yield
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError, Stopped) as e:
         typer.echo(f'ppc: {e}', err=True)
         raise typer.Exit(1) from None
@@ -82,7 +91,8 @@ def demo(
     seed: int = typer.Option(0, help='Of everything random.'),
 ):
     "Generate scenes and go all the way from their tags to masks: about six minutes on two cores."
-    with told(): typer.echo(summary(out, execute(out, dict(DEMO, seed=seed, methods=list(METHODS)))))
+    with told():
+        typer.echo(summary(out, execute(out, dict(DEMO, seed=seed, methods=list(METHODS)))))
 
 @app.command()
 def scenes(
@@ -91,7 +101,8 @@ def scenes(
     seed: int = typer.Option(0, help='Same seed, same bytes.'),
 ):
     "Write a dataset of generated scenes."
-    with told(): typer.echo(make_scenes(folder, train, val, seed))
+    with told():
+        typer.echo(make_scenes(folder, train, val, seed))
 
 # %% ../nbs/49_cli.ipynb #cfc58291
 data = typer.Typer(help='Dataset folders: from VOC, COCO or your own photographs; and what is wrong with them.', no_args_is_help=True)
@@ -105,38 +116,41 @@ def counted(found): return '\n'.join(f'{k:<14} {n:,}' for k, n in found.items())
 def folder(
     dir: Path = DIR,
     images: Path = typer.Argument(..., help='Photographs; without --tags one folder per class.'),
-    tags: Optional[Path] = typer.Option(None, help='Spreadsheet as CSV: image and tags, or image and one column per class with x or 1.'),
-    classes: Optional[str] = typer.Option(None, help="Names in the order of the masks' numbers, as cat,dog; otherwise those that occur, sorted."),
-    masks: Optional[Path] = typer.Option(None, help='Masks <id>.png for evaluation; their images become the list val.'),
+    tags: Path | None = typer.Option(None, help='Spreadsheet as CSV: image and tags, or image and one column per class with x or 1.'),
+    classes: str | None = typer.Option(None, help="Names in the order of the masks' numbers, as cat,dog; otherwise those that occur, sorted."),
+    masks: Path | None = typer.Option(None, help='Masks <id>.png for evaluation; their images become the list val.'),
 ):
     "Your own photographs, linked, with their tags."
-    with told(): typer.echo(counted(make_folder(dir, images, tags, classes and classes.split(','), masks)))
+    with told():
+        typer.echo(counted(make_folder(dir, images, tags, classes and classes.split(','), masks)))
 
 # %% ../nbs/49_cli.ipynb #a8fd73b4
 @data.command()
 def voc(
     dir: Path = DIR,
-    sources: Optional[List[Path]] = typer.Argument(None, help='Archives or folders of VOC 2012, its test images, SBD or SegmentationClassAug; a train_aug.txt. None: VOC 2012 and SBD are downloaded (3.4 GB).'),
+    sources: list[Path] | None = typer.Argument(None, help='Archives or folders of VOC 2012, its test images, SBD or SegmentationClassAug; a train_aug.txt. None: VOC 2012 and SBD are downloaded (3.4 GB).'),
     difficult: bool = typer.Option(True, help='Tag objects that are marked as difficult, as the field does.'),
-    tags: Optional[Path] = typer.Option(None, help='cls_labels.npy to take the tags from, in place of the annotations.'),
+    tags: Path | None = typer.Option(None, help='cls_labels.npy to take the tags from, in place of the annotations.'),
 ):
     "PASCAL VOC 2012 with SBD: train, train_aug, val, and test where it is given."
-    with told(): typer.echo(counted(make_voc(dir, sources or (), difficult, tags)))
+    with told():
+        typer.echo(counted(make_voc(dir, sources or (), difficult, tags)))
 
 @data.command()
 def coco(
     dir: Path = DIR,
-    sources: Optional[List[Path]] = typer.Argument(None, help='train2014.zip, val2014.zip, annotations_trainval2014.zip, or folders of them.'),
+    sources: list[Path] | None = typer.Argument(None, help='train2014.zip, val2014.zip, annotations_trainval2014.zip, or folders of them.'),
     workers: int = typer.Option(4, help='Threads that write masks.'),
 ):
     "COCO 2014: train and val, of eighty classes."
-    with told(): typer.echo(counted(make_coco(dir, sources or (), workers)))
+    with told():
+        typer.echo(counted(make_coco(dir, sources or (), workers)))
 
 @data.command()
 def saliency(
     dir: Path = DIR,
-    maps: Optional[Path] = typer.Option(None, help="Folder of <id>.png, grey, of any size, such as PFAN's for EPS. Without it simple ones are made: not the paper's."),
-    source: Optional[str] = typer.Option(None, help='Where they come from, for the record.'),
+    maps: Path | None = typer.Option(None, help="Folder of <id>.png, grey, of any size, such as PFAN's for EPS. Without it simple ones are made: not the paper's."),
+    source: str | None = typer.Option(None, help='Where they come from, for the record.'),
     split: str = typer.Option('train', help='The images that need one; for VOC train_aug.'),
     workers: int = typer.Option(4, help='Threads.'),
 ):
@@ -154,15 +168,17 @@ def check(
     "Open every file, count classes in each list, tell every problem; ends with 1 where there is one."
     table, problems = look_at(dir, workers)
     typer.echo(table.to_string())
-    for problem in problems: typer.echo(f'ppc: {problem}', err=True)
-    if problems: raise typer.Exit(1)
+    for problem in problems:
+        typer.echo(f'ppc: {problem}', err=True)
+    if problems:
+        raise typer.Exit(1)
 
 # %% ../nbs/49_cli.ipynb #11b9e014
 PARAMS = typer.Argument(..., help='YAML file of parameters; those of the first cell of 50_run.ipynb.')
 MORE = typer.Option(None, '-p', help='NAME=VALUE, goes before what the file says. Repeat it for more.')
 
 @app.command()
-def run(params: Path = PARAMS, p: Optional[List[str]] = MORE):
+def run(params: Path = PARAMS, p: list[str] | None = MORE):
     "Tags in, masks out, on your own folder: run the stages that PARAMS describes; `out` names the run folder."
     with told():
         out, parameters = read_parameters(params, p)
@@ -171,16 +187,19 @@ def run(params: Path = PARAMS, p: Optional[List[str]] = MORE):
 # %% ../nbs/49_cli.ipynb #5b52703b
 @app.command()
 def plan(
-    params: Path = PARAMS, p: Optional[List[str]] = MORE,
+    params: Path = PARAMS, p: list[str] | None = MORE,
     steps: int = typer.Option(10, help='Steps of each training, to measure how long one takes.'),
 ):
     "A dry run: stages, images, steps, hours and memory on this machine, and what is missing. Writes nothing."
     with told():
         out, parameters = read_parameters(params, p)
         lacks, table = dry_run(steps=steps, **{'methods': METHODS, **parameters})
-        for sentence in lacks: typer.echo(f'missing: {sentence}')
-        if table is not None: typer.echo(planned(table))
-        if lacks: raise typer.Exit(1)
+        for sentence in lacks:
+            typer.echo(f'missing: {sentence}')
+        if table is not None:
+            typer.echo(planned(table))
+        if lacks:
+            raise typer.Exit(1)
 
 def planned(table):  # -> text for the terminal
     time = table['seconds'].map(lambda s: timedelta(seconds=round(s)))
@@ -196,36 +215,45 @@ def read_parameters(
     found = read_yaml(path)
     for item in extra or []:
         name, eq, value = item.partition('=')
-        if not eq: raise ValueError(f'-p {item} should be -p NAME=VALUE.')
+        if not eq:
+            raise ValueError(f'-p {item} should be -p NAME=VALUE.')
         found[name] = yaml.safe_load(value) if value else ''
-    if not found.get('out'): raise ValueError(f'{path} names no run folder: add a line "out: runs/mine".')
+    if not found.get('out'):
+        raise ValueError(f'{path} names no run folder: add a line "out: runs/mine".')
     return Path(found.pop('out')), found
 
 def read_yaml(path):  # -> dict
-    try: found = yaml.safe_load(Path(path).read_text(encoding='utf-8-sig')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f'{path} cannot be read as YAML: {e}') from None
-    if not isinstance(found, dict): raise ValueError(f'{path} should hold lines "name: value".')
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding='utf-8-sig')) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f'{path} cannot be read as YAML: {e}') from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{path} should hold lines "name: value".')
     return found
 
 # %% ../nbs/49_cli.ipynb #bb8e91ee
 @app.command()
 def sweep(
     notebook: Path = typer.Argument(..., help='To be run, such as nbs/50_run.ipynb.'),
-    p: List[str] = typer.Option(..., '-p', help='NAME=VALUE,VALUE: what runs differ in. Repeat it for more.'),
-    file: Optional[Path] = typer.Option(None, '-f', help='YAML file of parameters that all runs have.'),
-    out: Optional[Path] = typer.Option(None, help="Folder of the runs; otherwise runs/ and the notebook's name."),
+    p: list[str] = typer.Option(..., '-p', help='NAME=VALUE,VALUE: what runs differ in. Repeat it for more.'),
+    file: Path | None = typer.Option(None, '-f', help='YAML file of parameters that all runs have.'),
+    out: Path | None = typer.Option(None, help="Folder of the runs; otherwise runs/ and the notebook's name."),
     jobs: int = typer.Option(1, min=1, help='Runs at a time.'),
 ):
     "Every combination of some values, each run once; call it again to continue, or from elsewhere to help. Ends with 1 where a run failed."
     with told():
         settings, common, root = grid(**read_values(p)), read_yaml(file) if file else {}, out or Path('runs')/notebook.stem
         common.pop('out', None)
-        if 'shared' in defaults(notebook): common.setdefault('shared', str(root/'shared'))
-        with local(jobs) as engine: outcomes = run_sweep(notebook, settings, root, engine, **common)
-        typer.echo(f'{sweep_in_words(state(root, settings))}; they are in {root}')
+        if 'shared' in defaults(notebook):
+            common.setdefault('shared', str(root/'shared'))
+        with local_engine(jobs) as engine:
+            outcomes = run_sweep(notebook, settings, root, engine, **common)
+        typer.echo(f'{sweep_in_words(sweep_state(root, settings))}; they are in {root}')
         wrong = [f'ppc: {name}: {why}' for name, why in outcomes if why not in ('done', 'elsewhere')]
-        for sentence in wrong: typer.echo(sentence, err=True)
-        if wrong: raise typer.Exit(1)
+        for sentence in wrong:
+            typer.echo(sentence, err=True)
+        if wrong:
+            raise typer.Exit(1)
 
 # %% ../nbs/49_cli.ipynb #73e3a658
 @app.command()
@@ -234,18 +262,20 @@ def table(
 ):
     "The table of a sweep: mean, spread and median over seeds, differences with their interval."
     with told():
-        if runs.is_file(): return renew(runs)
-        made, found = table_in(runs)
+        if runs.is_file():
+            return update_file(runs)
+        made, found = read_table(runs)
         for column in made.columns:
-            typer.echo(f'{table_text(runs, column)}\n\n{table_in_words(numbers(found, made), made, column)}\n')
+            typer.echo(f'{table_text(runs, column)}\n\n{table_in_words(collect_numbers(found, made), made, column)}\n')
 
 @app.command()
 def report(
     runs: Path = typer.Argument(..., help='Folder of a run, or of a sweep.'),
-    out: Optional[Path] = typer.Option(None, help='What to write; otherwise report.html in that folder.'),
+    out: Path | None = typer.Option(None, help='What to write; otherwise report.html in that folder.'),
 ):
     "A run, or a sweep, as one HTML page that opens from disk: tables, curves, pictures, settings, versions."
-    with told(): typer.echo(report_page(runs, out or runs/'report.html'))
+    with told():
+        typer.echo(report_page(runs, out or runs/'report.html'))
 
 # %% ../nbs/49_cli.ipynb #02760840
 weights = typer.Typer(help='Weights that networks begin with: what recipes need, fetched, converted.')
@@ -254,9 +284,11 @@ app.add_typer(weights, name='weights')
 @weights.callback(invoke_without_command=True)
 def known(context: typer.Context):
     "Known files of weights, and what the recipes need of them."
-    if context.invoked_subcommand: return
+    if context.invoked_subcommand:
+        return
     with told():
-        for s in SOURCES: typer.echo(f'{s.file or "(its name is not fixed)"}\n{in_words(s)}\n')
+        for s in WEIGHT_SOURCES:
+            typer.echo(f'{s.file or "(its name is not fixed)"}\n{in_words(s)}\n')
         show_needed(sorted((Path(__file__).parent.parent/'recipes').glob('*.yaml')))
 
 def in_words(s):  # of a `Source`
@@ -266,28 +298,34 @@ def in_words(s):  # of a `Source`
     return '\n'.join(f'  {k:<8} {v}' for k, v in lines.items())
 
 @weights.command('needed')
-def weights_needed(params: List[Path] = typer.Argument(..., help='YAML files of parameters.')):
+def weights_needed(params: list[Path] = typer.Argument(..., help='YAML files of parameters.')):
     "What the networks of runs begin with, and whether it is there; ends with 1 where it is not."
     with told():
-        if not show_needed(params): raise typer.Exit(1)
+        if not show_needed(params):
+            raise typer.Exit(1)
 
 def show_needed(files):  # -> all is there
     table = weights_table({Path(f).stem: read_parameters(f)[1] for f in files})
     typer.echo(table.drop(columns='remark').to_string(index=False) + '\n')
-    for remark in table.remark.unique(): typer.echo(remark)
+    for remark in table.remark.unique():
+        typer.echo(remark)
     return table.ready.all()
 
 # %% ../nbs/49_cli.ipynb #15ef079c
 @weights.command()
-def fetch(names: List[str] = typer.Argument(..., help='Recipes (.yaml), files as `ppc weights` names them, or networks of torchvision and timm.')):
+def fetch(names: list[str] = typer.Argument(..., help='Recipes (.yaml), files as `ppc weights` names them, or networks of torchvision and timm.')):
     "Fetch what torchvision and timm serve, and check it; for the rest, say where to get it."
     with told():
-        starts = [s for name in names for s in (needed(read_parameters(name)[1]) if name.endswith('.yaml') else [start_of(name)])]
+        starts = [s for name in names for s in (required_starts(read_parameters(name)[1]) if name.endswith('.yaml') else [start_for(name)])]
         problems = 0
         for s in dict.fromkeys(s._replace(network='') for s in starts):
-            try: typer.echo(f'{s.backbone}, {s.weights or "random"}: {fetch_weights(s)}')
-            except ValueError as e: typer.echo(f'ppc: {e}', err=True); problems += 1
-        if problems: raise typer.Exit(1)
+            try:
+                typer.echo(f'{s.backbone}, {s.weights or "random"}: {fetch_weights(s)}')
+            except ValueError as e:
+                typer.echo(f'ppc: {e}', err=True)
+                problems += 1
+        if problems:
+            raise typer.Exit(1)
 
 @weights.command()
 def convert(
@@ -295,27 +333,30 @@ def convert(
     out: Path = typer.Argument(..., help='.safetensors to write.'),
 ):
     "Write MXNet's ResNet38, once, as safetensors."
-    with told(): typer.echo(f'{out} from {file}, sha256 {convert_weights(file, out)["sha256"]}')
+    with told():
+        typer.echo(f'{out} from {file}, sha256 {convert_weights(file, out)["sha256"]}')
 
 # %% ../nbs/49_cli.ipynb #118dbf55
 @app.command()
 def predict(
     model: Path = typer.Argument(..., help='Folder of a finished run (runs/mine: its segmenter, else its best CAM network), or of a method in it (runs/mine/seam+ppc).'),
-    images: List[Path] = typer.Argument(..., help='Photographs, and folders searched for .jpg, .jpeg and .png.'),
+    images: list[Path] = typer.Argument(..., help='Photographs, and folders searched for .jpg, .jpeg and .png.'),
     out: Path = typer.Option(..., help='Folder for masks/, overlays/ and areas.csv; what is there is made again.'),
-    tags: Optional[Path] = typer.Option(None, help='For a CAM network: a CSV "image,tags". Without it and --tag the classifier guesses.'),
-    tag: Optional[List[str]] = typer.Option(None, '--tag', help='For a CAM network: is in every photograph. Repeat it for more.'),
+    tags: Path | None = typer.Option(None, help='For a CAM network: a CSV "image,tags". Without it and --tag the classifier guesses.'),
+    tag: list[str] | None = typer.Option(None, '--tag', help='For a CAM network: is in every photograph. Repeat it for more.'),
     crf: bool = typer.Option(True, help='Refine masks by the CRF that the run used.'),
     limit: int = typer.Option(1024, min=0, help='Longer edges are segmented at so many pixels, the mask brought back; 0: never.'),
 ):
     "Masks, overlays with a legend and areas of your photographs; ends with 1 where one could not be read."
     with told():
-        network = load(model, crf)
+        network = load_model(model, crf)
         typer.echo(network)
         _, problems = predict_images(network, images, out, read_names(tags) if tags else tag or None, limit)
         typer.echo(f'masks     {out}/masks\noverlays  {out}/overlays\nareas     {out}/areas.csv')
-    for problem in problems: typer.echo(f'ppc: {problem}', err=True)
-    if problems: raise typer.Exit(1)
+    for problem in problems:
+        typer.echo(f'ppc: {problem}', err=True)
+    if problems:
+        raise typer.Exit(1)
 
 # %% ../nbs/49_cli.ipynb #ba7f0c36
 @app.command()

@@ -6,7 +6,8 @@
 __all__ = ['FIELDS', 'FETCH', 'read_instances', 'coco_classes', 'paint', 'make_coco']
 
 # %% ../nbs/06_coco.ipynb #e950e7e2
-import json, os
+import json
+import os
 from array import array
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,10 @@ from .folders import unpack, write_folder
 def _compact(row):
     "Polygons as arrays; None where they are not lists of numbers."
     if isinstance(row.get('segmentation'), list):
-        try: row['segmentation'] = [array('d', p) for p in row['segmentation']]
-        except (TypeError, OverflowError): row['segmentation'] = None
+        try:
+            row['segmentation'] = [array('d', p) for p in row['segmentation']]
+        except (TypeError, OverflowError):
+            row['segmentation'] = None
     return row
 
 FIELDS = {'images': {'id': int, 'file_name': str, 'height': int, 'width': int}, 'categories': {'id': int, 'name': str},
@@ -34,15 +37,20 @@ def read_instances(
 ) -> dict: # images, categories, annotations: lists of rows, each sound
     "The tables of a file of COCO's. Raises `DataError` with the first row that is not what it must be."
     try:
-        with open(path, encoding='utf-8') as f: tables = json.load(f, object_hook=_compact)
-    except (OSError, ValueError, RecursionError) as e: raise DataError(f'{path} cannot be read as JSON ({e}): unpack it again.') from None
+        with open(path, encoding='utf-8') as f:
+            tables = json.load(f, object_hook=_compact)
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f'{path} cannot be read as JSON ({e}): unpack it again.') from None
     for table, fields in FIELDS.items():
         rows = tables.get(table) if isinstance(tables, dict) else None
-        if not isinstance(rows, list) or not rows: raise DataError(f'{path} has no {table}: give a file instances_*.json of COCO.')
+        if not isinstance(rows, list) or not rows:
+            raise DataError(f'{path} has no {table}: give a file instances_*.json of COCO.')
         for n, row in enumerate(rows):
             for f, kind in fields.items():
-                if not isinstance(row, dict) or not isinstance(row.get(f), kind): raise DataError(f'{path} has no sound {f!r} in row {n} of {table}.')
-        if len({row['id'] for row in rows}) < len(rows): raise DataError(f'{path} has two {table} with the same id.')
+                if not isinstance(row, dict) or not isinstance(row.get(f), kind):
+                    raise DataError(f'{path} has no sound {f!r} in row {n} of {table}.')
+        if len({row['id'] for row in rows}) < len(rows):
+            raise DataError(f'{path} has two {table} with the same id.')
     _check_rows(path, tables)
     return tables
 
@@ -50,23 +58,32 @@ def read_instances(
 def _check_rows(path, tables):
     images, categories = {i['id']: i for i in tables['images']}, {c['id'] for c in tables['categories']}
     for name in (i['file_name'] for i in tables['images']):
-        if name in ('', '..') or name != Path(name).name: raise DataError(f'{path} has the photograph {name!r}, which is not the name of a file: do not trust this file.')
+        if name in ('', '..') or name != Path(name).name:
+            raise DataError(f'{path} has the photograph {name!r}, which is not the name of a file: do not trust this file.')
     for a in tables['annotations']:
         where = f"{path}, annotation {a['id']},"
-        if a['image_id'] not in images: raise DataError(f"{where} is of image {a['image_id']}, which the file does not have.")
-        if a['category_id'] not in categories: raise DataError(f"{where} is of category {a['category_id']}, which the file does not have.")
+        if a['image_id'] not in images:
+            raise DataError(f"{where} is of image {a['image_id']}, which the file does not have.")
+        if a['category_id'] not in categories:
+            raise DataError(f"{where} is of category {a['category_id']}, which the file does not have.")
         wrong = _wrong(a['segmentation'], images[a['image_id']]['height'], images[a['image_id']]['width'])
-        if wrong: raise DataError(f'{where} {wrong}.')
+        if wrong:
+            raise DataError(f'{where} {wrong}.')
 
 # %% ../nbs/06_coco.ipynb #7653ac3c
 def _wrong(outline, h, w):  # what is wrong with it, or None
     if isinstance(outline, dict):
         counts = outline.get('counts')
-        if outline.get('size') != [h, w] or not isinstance(counts, list): return f'is no list of runs for {w}x{h} pixels'
-        if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != h*w: return f'has runs that do not add up to {w}x{h} pixels'
-    elif any(len(p) % 2 for p in outline): return 'has half a point'
-    elif not any(len(p) >= 6 for p in outline): return 'has no polygon of three points'
-    elif not all(-side <= v <= 2*side for side in [max(h, w)] for p in outline for v in p): return 'has a point far outside its image'
+        if outline.get('size') != [h, w] or not isinstance(counts, list):
+            return f'is no list of runs for {w}x{h} pixels'
+        if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != h*w:
+            return f'has runs that do not add up to {w}x{h} pixels'
+    elif any(len(p) % 2 for p in outline):
+        return 'has half a point'
+    elif not any(len(p) >= 6 for p in outline):
+        return 'has no polygon of three points'
+    elif not all(-side <= v <= 2*side for side in [max(h, w)] for p in outline for v in p):
+        return 'has a point far outside its image'
 
 # %% ../nbs/06_coco.ipynb #95ead676
 def coco_classes(
@@ -74,7 +91,8 @@ def coco_classes(
 ):          # names, background first; category id -> class number
     "The classes of a file. Raises `DataError` where there are more than a mask has numbers for."
     rows = sorted(tables['categories'], key=lambda c: c['id'])
-    if len(rows) > 254: raise DataError(f'{len(rows)} categories: a mask holds up to 254 classes.')
+    if len(rows) > 254:
+        raise DataError(f'{len(rows)} categories: a mask holds up to 254 classes.')
     return ['background', *('_'.join(c['name'].split()) for c in rows)], {c['id']: n for n, c in enumerate(rows, 1)}
 
 # %% ../nbs/06_coco.ipynb #97f23575
@@ -90,7 +108,8 @@ def paint(
         code = rle.frPyObjects(s, *size) if isinstance(s, dict) else rle.merge(rle.frPyObjects([p for p in s if len(p) >= 6], *size))
         layers.append((not crowd, -int(rle.area(code)), a['id'], 255 if crowd else number[a['category_id']], code))
     mask = np.zeros(size, np.uint8, order='F')   # the order of the codes
-    for *_, value, code in sorted(layers, key=lambda l: l[:3]): mask[rle.decode(code).view(bool)] = value
+    for *_, value, code in sorted(layers, key=lambda l: l[:3]):
+        mask[rle.decode(code).view(bool)] = value
     return mask
 
 # %% ../nbs/06_coco.ipynb #3cf5e9da
@@ -100,31 +119,38 @@ FETCH = ('COCO 2014 is not downloaded from here: fetch train2014.zip (13 GB), va
 def _folders(sources, originals):  # folder -> names of the files in it
     found = {}
     for source in map(Path, sources):
-        if not source.exists(): raise DataError(f'{source} is missing. {FETCH}')
+        if not source.exists():
+            raise DataError(f'{source} is missing. {FETCH}')
         top = source if source.is_dir() else unpack(source, originals/source.name.split('.')[0])
         for d, inner, names in os.walk(top, followlinks=True):
-            if (real := Path(d).resolve()) in found: inner.clear()   # links may go in circles
-            else: found[real] = {*names}
+            if (real := Path(d).resolve()) in found:
+                inner.clear()   # links may go in circles
+            else:
+                found[real] = {*names}
     return found
 
 def _home(names, folders):  # the folder that has most of the files
     wanted = {*names}
     home = max(sorted(folders), key=lambda d: len(folders[d] & wanted))
-    if not folders[home] & wanted: raise DataError(f'{names[0]} is in none of the sources. {FETCH}')
+    if not folders[home] & wanted:
+        raise DataError(f'{names[0]} is in none of the sources. {FETCH}')
     return home
 
 # %% ../nbs/06_coco.ipynb #9a079781
 def _items(split, folders):  # class names; category id -> number; id -> (photograph, (H, W), annotations); number of images without any
     name = f'instances_{split}2014.json'
     tables, of_image = read_instances(_home([name], folders)/name), defaultdict(list)
-    for a in tables['annotations']: of_image[a['image_id']].append(a)
+    for a in tables['annotations']:
+        of_image[a['image_id']].append(a)
     images = sorted(tables['images'], key=lambda i: i['file_name'])
     tagged = [i for i in images if i['id'] in of_image]
     home = _home([i['file_name'] for i in tagged], folders)
     for i in tagged:
-        if i['file_name'] not in folders[home]: raise DataError(f"{home/i['file_name']} is missing: unpack {split}2014.zip again.")
+        if i['file_name'] not in folders[home]:
+            raise DataError(f"{home/i['file_name']} is missing: unpack {split}2014.zip again.")
     items = {Path(i['file_name']).stem: (home/i['file_name'], (i['height'], i['width']), of_image[i['id']]) for i in tagged}
-    if len(items) < len(tagged): raise DataError(f'{name} has two photographs of the same name.')
+    if len(items) < len(tagged):
+        raise DataError(f'{name} has two photographs of the same name.')
     return (*coco_classes(tables), items, len(images) - len(tagged))
 
 # %% ../nbs/06_coco.ipynb #b4096864
@@ -134,28 +160,35 @@ def make_coco(
     workers=4,  # threads that write masks
 ) -> dict:      # number of classes, of train and val images, and of images left out
     "The splits train and val of COCO 2014 with their masks. Raises `DataError` where the sources lack something or contradict themselves."
-    if not sources: raise DataError(FETCH)
+    if not sources:
+        raise DataError(FETCH)
     root = Path(root)
     folders = _folders(sources, root/'originals')
     (classes, number, train, no_train), (others, _, val, no_val) = [_items(s, folders) for s in ('train', 'val')]
-    if classes != others: raise DataError('instances_train2014.json and instances_val2014.json have different categories: take both from one archive.')
+    if classes != others:
+        raise DataError('instances_train2014.json and instances_val2014.json have different categories: take both from one archive.')
     twice = next(iter(train.keys() & val.keys()), None)
-    if twice: raise DataError(f'{twice} is in train and in val: a result on val would be worth nothing.')
+    if twice:
+        raise DataError(f'{twice} is in train and in val: a result on val would be worth nothing.')
     items = train | val
     tags = {i: [classes[c] for c in sorted({number[a['category_id']] for a in annotations})] for i, (_, _, annotations) in items.items()}
     write_folder(root, {i: file for i, (file, _, _) in items.items()}, tags, classes, {'train': [*train], 'val': [*val]})
     with ThreadPoolExecutor(workers) as pool:
         jobs = [(root/'SegmentationClass'/f'{i}.png', number, *item) for i, item in items.items()]
-        for _ in tqdm(pool.map(_write, jobs), total=len(jobs), desc='masks'): pass
+        for _ in tqdm(pool.map(_write, jobs), total=len(jobs), desc='masks'):
+            pass
     return dict(classes=len(classes) - 1, train=len(train), val=len(val), without_tags=no_train + no_val)
 
 # %% ../nbs/06_coco.ipynb #071b9c43
 def _write(job):
     out, number, file, size, annotations = job
-    if out.exists(): return
+    if out.exists():
+        return
     try:
-        with Image.open(file) as im: found = im.size
+        with Image.open(file) as im:
+            found = im.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f'{file} cannot be read as an image ({e}): unpack it again.') from None
-    if sorted(found) != sorted(size): raise DataError(f'{file} is {found[0]}x{found[1]}, but by its annotations {size[1]}x{size[0]}: take both from one dataset.')
+    if sorted(found) != sorted(size):
+        raise DataError(f'{file} is {found[0]}x{found[1]}, but by its annotations {size[1]}x{size[0]}: take both from one dataset.')
     write_mask(out, paint(annotations, number, size))

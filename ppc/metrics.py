@@ -16,10 +16,12 @@ def confusion(
 ):           # (classes, classes) int64, row = truth
     "Pixel counts by true and predicted class. Raises `ValueError` when the shapes or values do not fit."
     truth, pred = np.asarray(truth), np.asarray(pred)
-    if truth.shape != pred.shape: raise ValueError(f'truth is {truth.shape} but the prediction is {pred.shape}')
+    if truth.shape != pred.shape:
+        raise ValueError(f'truth is {truth.shape} but the prediction is {pred.shape}')
     known = truth != 255
     t, p = truth[known].astype(np.int64), pred[known].astype(np.int64)
-    if t.size and max(t.max(), p.max()) >= classes: raise ValueError(f'class {max(t.max(), p.max())} where only 0..{classes-1} exist')
+    if t.size and max(t.max(), p.max()) >= classes:
+        raise ValueError(f'class {max(t.max(), p.max())} where only 0..{classes-1} exist')
     return np.bincount(t*classes + p, minlength=classes**2).reshape(classes, classes)
 
 # %% ../nbs/02_metrics.ipynb #26c8971a
@@ -29,7 +31,8 @@ def iou(
     "Intersection over union of each class."
     hit = np.diagonal(counts, axis1=-2, axis2=-1)
     union = counts.sum(-1) + counts.sum(-2) - hit
-    with np.errstate(invalid='ignore'): return hit/np.where(union > 0, union, np.nan)
+    with np.errstate(invalid='ignore'):
+        return hit/np.where(union > 0, union, np.nan)
 
 def miou(
     counts, # (..., classes, classes)
@@ -53,7 +56,8 @@ class ThresholdCurve:
         truth,   # (H, W) class numbers, 255 = unknown
     ):
         "Count one image. Raises `ValueError` when the shapes do not fit."
-        if cam.shape != (len(present), *truth.shape): raise ValueError(f'CAM {cam.shape} for {len(present)} classes and truth {truth.shape}')
+        if cam.shape != (len(present), *truth.shape):
+            raise ValueError(f'CAM {cam.shape} for {len(present)} classes and truth {truth.shape}')
         winner, score = _winner(np.asarray(cam, dtype=np.float32), np.asarray(present, dtype=np.int64), truth.shape)
         t = np.minimum(truth, self.classes).astype(np.int64)   # 255 gets a row of its own, which is left out below
         cell = (t*self.classes + winner)*self.hist.shape[2] + np.searchsorted(self.thresholds, score)
@@ -77,7 +81,8 @@ class ThresholdCurve:
 # %% ../nbs/02_metrics.ipynb #9ddfd2d4
 def _winner(cam, present, shape):
     "The first best class of each pixel and its score; background with score -1 where no class is present."
-    if not len(present): return np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.float32)
+    if not len(present):
+        return np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.float32)
     winner, score = np.full(shape, present[0]), cam[0]
     for c, m in zip(present[1:], cam[1:]):   # some few classes: faster than argmax and take
         winner[m > score] = c

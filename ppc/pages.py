@@ -8,7 +8,11 @@ __all__ = ['LATEX', 'CODE', 'BOOK_STYLE', 'CODE_STYLE', 'COLOURS', 'PAGE', 'NAME
            'style_sheet', 'places_of', 'book_pages']
 
 # %% ../nbs/48_pages.ipynb #0921d7d5
-import ast, base64, html, io, re
+import ast
+import base64
+import html
+import io
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +36,10 @@ def formula(
 ) -> str:        # MathML
     "A formula for a page. Raises `ValueError` where it cannot be read."
     tag = re.search(r'\\tag\{(.*?)\}', tex)
-    try: found = LATEX.convert_with_local_state(tex.replace(tag[0], '') if tag else tex, displaystyle=block)
-    except LatexError as e: raise ValueError(f'The formula {tex.strip()} cannot be read ({e}).') from None
+    try:
+        found = LATEX.convert_with_local_state(tex.replace(tag[0], '') if tag else tex, displaystyle=block)
+    except LatexError as e:
+        raise ValueError(f'The formula {tex.strip()} cannot be read ({e}).') from None
     return f'<span class="formula">{found}<span>{f"({html.escape(tag[1])})" if tag else ""}</span></span>' if block else found
 
 # %% ../nbs/48_pages.ipynb #c72410c2
@@ -102,8 +108,10 @@ def read_chapter(
     "A notebook's cells, and what can be looked up in them. Raises `ValueError` for a formula that cannot be read."
     cells, stem = nbformat.read(path, 4).cells, Path(path).stem
     code, text = ([c.source for c in cells if c.cell_type == kind] for kind in ('code', 'markdown'))
-    try: heads = [(m[1], m[2]) for t in text for m in re.finditer(r'<h[12] id="(.*?)">(.*?)<a class="anchor-link"', prose(t, {}))]
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    try:
+        heads = [(m[1], m[2]) for t in text for m in re.finditer(r'<h[12] id="(.*?)">(.*?)<a class="anchor-link"', prose(t, {}))]
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from None
     module = ''.join(f'ppc.{m}' for m in re.findall(r'^#\| default_exp (\w+)', '\n'.join(code), re.M))
     names = [n for c in cells if exported(c) for n in exports(c.source, stem, module)]
     return Chapter(stem, heads[0][1], cells, module, names, heads[1:])
@@ -111,11 +119,15 @@ def read_chapter(
 # %% ../nbs/48_pages.ipynb #73961da9
 def output(o, alt):  # of a code cell -> HTML
     "A picture, a table or text."
-    if o.output_type == 'stream': return f'<pre class="said">{html.escape(o.text)}</pre>'
-    if o.output_type == 'error': return f'<pre class="said">{html.escape(o.ename)}: {html.escape(o.evalue)}</pre>'
+    if o.output_type == 'stream':
+        return f'<pre class="said">{html.escape(o.text)}</pre>'
+    if o.output_type == 'error':
+        return f'<pre class="said">{html.escape(o.ename)}: {html.escape(o.evalue)}</pre>'
     for kind in ('image/png', 'image/jpeg'):
-        if kind in o.data: return f'<figure><img src="data:{kind};base64,{o.data[kind].strip()}" alt="{html.escape(alt)}"></figure>'
-    if 'text/html' in o.data: return f'<div class="wide">{plain_table(o.data["text/html"])}</div>'
+        if kind in o.data:
+            return f'<figure><img src="data:{kind};base64,{o.data[kind].strip()}" alt="{html.escape(alt)}"></figure>'
+    if 'text/html' in o.data:
+        return f'<div class="wide">{plain_table(o.data["text/html"])}</div>'
     return f'<pre class="said">{html.escape(o.data.get("text/plain", ""))}</pre>'
 
 def plain_table(text):  # HTML of pandas
@@ -145,7 +157,8 @@ def body(chapter, places):  # -> HTML
         if cell.cell_type == 'markdown':
             parts.append(prose(cell.source, places))
             section = (re.findall(r'^##+ (.*)', cell.source, re.M) or [section])[-1]
-        elif cell.cell_type == 'code': parts.append(code_cell(cell, f'Figure of the section: {section}', chapter.module))
+        elif cell.cell_type == 'code':
+            parts.append(code_cell(cell, f'Figure of the section: {section}', chapter.module))
     return Markup('\n'.join(parts))
 
 # %% ../nbs/48_pages.ipynb #61ea347f
@@ -293,5 +306,6 @@ def book_pages(
     pages['names.html'] = PAGE.render(title='Names and sections', here='', chapters=chapters, body=Markup(names))
     pages['style.css'] = style_sheet(''.join(re.findall(r'<math.*?</math>', ''.join(pages.values()))))
     for name, text in pages.items():
-        with atomic(Path(out)/name) as part: part.write_text(text.lstrip(), encoding='utf-8')
+        with atomic(Path(out)/name) as part:
+            part.write_text(text.lstrip(), encoding='utf-8')
     return [Path(out)/name for name in pages]

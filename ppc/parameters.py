@@ -121,6 +121,9 @@ def preset(
     options, # dict: single fields that shall be otherwise
 ):           # frozen dataclass
     "A preset by name, with single fields replaced. Raises `ValueError`."
-    if name not in presets: raise ValueError(f'{what} is {name!r}: choose from {", ".join(presets)}.')
-    try: return replace(presets[name], **options)
-    except TypeError: raise ValueError(f'options of {what} are {options}: choose from {", ".join(f.name for f in fields(presets[name]))}.') from None
+    if name not in presets:
+        raise ValueError(f'{what} is {name!r}: choose from {", ".join(presets)}.')
+    try:
+        return replace(presets[name], **options)
+    except TypeError:
+        raise ValueError(f'options of {what} are {options}: choose from {", ".join(f.name for f in fields(presets[name]))}.') from None

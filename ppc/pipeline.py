@@ -8,7 +8,12 @@ __all__ = ['METHODS', 'OF_PART', 'SHOWN', 'Plan', 'plan', 'generate', 'masks_wan
            'best_method', 'pseudo_masks', 'segmentation', 'read_run', 'run_classes', 'trained_segmenter', 'provenance']
 
 # %% ../nbs/39_pipeline.ipynb #d33868cf
-import copy, hashlib, inspect, json, platform, subprocess
+import copy
+import hashlib
+import inspect
+import json
+import platform
+import subprocess
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,15 +21,32 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from filelock import FileLock, Timeout
+from .backbones import describe_start
 from .data import DataError, TagFolder, atomic, check, read_classes
-from .scenes import make_closeups, make_scenes
-from .saliency import saliency_source
-from .backbones import beginning
-from .training import Batches, optimizer_of
 from .parameters import CamTraining, Refinement, Seeds, Segmentation, Shared, settings
-from .stages import (
-    affinity_options, evaluate_seeds, load_segmenter, make_affinity_labels, make_backbone, make_cams, make_masks, make_walked_masks, method_losses,
-    pack, pretrain, read_json, segment, segmentation_recipe, stage, train_affinities, train_cam, train_segmenter)
+from .saliency import saliency_source
+from .scenes import make_closeups, make_scenes
+from ppc.stages import (
+    affinity_options,
+    evaluate_seeds,
+    load_segmenter,
+    make_affinity_labels,
+    make_backbone,
+    make_cams,
+    make_masks,
+    make_walked_masks,
+    method_losses,
+    pack,
+    pretrain,
+    read_json,
+    segment,
+    segmentation_recipe,
+    stage,
+    train_affinities,
+    train_cam,
+    train_segmenter,
+)
+from .training import Batches, make_optimizer
 
 # %% ../nbs/39_pipeline.ipynb #4c90369b
 class Plan(NamedTuple):
@@ -45,27 +67,34 @@ class Plan(NamedTuple):
 
     def start(self, name='', weights=''):  # in words, how a network begins
         c, own = self.c, name in ('', self.c.backbone)
-        begun = beginning(*((name, weights) if name else (c.backbone, c.weights)))
+        begun = describe_start(*((name, weights) if name else (c.backbone, c.weights)))
         return ', then '.join([begun, *(['close-ups'] if own and self.closeups else []), *(['tags'] if own and c.warm_epochs else [])])
 
 # %% ../nbs/39_pipeline.ipynb #cacf49a4
 def plan(out, methods, s, c, seeds, r, g):
     "Check all that can be known before the first step. Raises `ValueError` or `DataError`."
-    if len(c.resize) != 2: raise ValueError(f'resize is {c.resize}, it should be [from, to].')
+    if len(c.resize) != 2:
+        raise ValueError(f'resize is {c.resize}, it should be [from, to].')
     learned = [o for o in (affinity_options(r), segmentation_recipe(g)) if o]
     root, closeups = (s.data, None) if s.data else generate(out, s)
     lists = {split: TagFolder(root, split) for split in splits(c, seeds, r, g)}
     saliency = any('eps' in m.split('+') for m in methods)
-    for split, data in lists.items(): check(data, masks=data.has_masks, saliency=saliency and split == c.train_split)
-    for name, weights in {('', ''), (r.refine_backbone, r.refine_weights), (g.seg_backbone, g.seg_weights)}: make_backbone(c, name, weights)
+    for split, data in lists.items():
+        check(data, masks=data.has_masks, saliency=saliency and split == c.train_split)
+    for name, weights in {('', ''), (r.refine_backbone, r.refine_weights), (g.seg_backbone, g.seg_weights)}:
+        make_backbone(c, name, weights)
     Batches(len(lists[c.train_split]), c.batch_size, c.epochs)
-    for o in learned: Batches(len(lists[r.mask_split]), o.batch_size, 1)
-    for o in (c, *learned): optimizer_of(o.optimizer, [torch.zeros(1)], o.momentum)
+    for o in learned:
+        Batches(len(lists[r.mask_split]), o.batch_size, 1)
+    for o in (c, *learned):
+        make_optimizer(o.optimizer, [torch.zeros(1)], o.momentum)
     return Plan(out, lists, closeups if c.backbone == 'tiny' and not c.weights else None, s, c, seeds, r, g)
 
 def generate(out, s):  # -> the scenes and the close-ups
-    with place(out, s, 'scenes', (s.scenes, s.seed, s.saliency_quality)) as f: scenes = make_scenes(f, s.scenes, max(1, s.scenes//5), s.seed, s.saliency_quality)
-    with place(out, s, 'closeups', (s.closeups, s.seed)) as f: return scenes, make_closeups(f, s.closeups, s.seed)
+    with place(out, s, 'scenes', (s.scenes, s.seed, s.saliency_quality)) as f:
+        scenes = make_scenes(f, s.scenes, max(1, s.scenes//5), s.seed, s.saliency_quality)
+    with place(out, s, 'closeups', (s.closeups, s.seed)) as f:
+        return scenes, make_closeups(f, s.closeups, s.seed)
 
 def masks_wanted(r, g): return (r.refine, g.segmenter) != ('none', 'none')
 
@@ -84,12 +113,14 @@ def run(
     "Tags in, masks out. Continues where an earlier call left off. Raises `ValueError`, `DataError`, and what `fit` raises."
     out, parts = Path(out), settings(**parameters)
     out.mkdir(parents=True, exist_ok=True)
-    for m in methods: method_losses(m, parts[CamTraining])
+    for m in methods:
+        method_losses(m, parts[CamTraining])
     try:
         with FileLock(out/'.lock', timeout=0):
             p = None if (out/'metrics.json').exists() else plan(out, methods, *parts.values())
             return stage(out, {'methods': list(methods), **config(*parts.values())}, lambda _: all_stages(p, methods))
-    except Timeout: raise ValueError(f'{out} is being worked on by another process: wait for it, or use another run folder.') from None
+    except Timeout:
+        raise ValueError(f'{out} is being worked on by another process: wait for it, or use another run folder.') from None
 
 def config(*parts): return {k: v for p in parts for k, v in asdict(p).items() if k not in ('workers', 'device', 'shared')}
 
@@ -108,12 +139,15 @@ def place(
     folder = Path(s.shared).resolve()/f'{name}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]}'
     folder.parent.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    if not (out/name).is_symlink(): (out/name).symlink_to(folder)
-    with FileLock(f'{folder}.lock'): yield folder
+    if not (out/name).is_symlink():
+        (out/name).symlink_to(folder)
+    with FileLock(f'{folder}.lock'):
+        yield folder
 
 def once(out, s, name, about, work):  # -> metrics
     "A stage that runs may have in common."
-    with place(out, s, name, about) as folder: return stage(folder, about, work)
+    with place(out, s, name, about) as folder:
+        return stage(folder, about, work)
 
 OF_PART = {'ppc': ('k', 'tau', 'alpha', 'beta', 'cross_cam', 'ramp', 'reading', 'options'), 'eps': ('saliency_weight', 'saliency_overlap'), 'seam': ('map_stride', 'pcm')}
 
@@ -127,7 +161,8 @@ def config_of(method, *parts):
 def all_stages(p, methods):
     "The stages of a `Plan`, in their order; returns what the run reports."
     data, start = p.lists[p.c.train_split], None
-    with atomic(p.out/'classes.txt') as part: part.write_text('\n'.join(data.classes) + '\n', encoding='utf-8')   # the dataset may move away
+    with atomic(p.out/'classes.txt') as part:
+        part.write_text('\n'.join(data.classes) + '\n', encoding='utf-8')   # the dataset may move away
     if p.closeups:
         about = {k: v for k, v in config(p.s, p.c).items() if k in ('seed', 'closeups', 'pretrain_epochs', 'precision')}
         once(p.out, p.s, 'pretrain', about, lambda f: pretrain(f, p.closeups, p.s, p.c))
@@ -144,7 +179,8 @@ def all_stages(p, methods):
         result['table'] += [row for row in (masks, *rows) if row not in result['table']]   # seeds + CRF may be there already
         iou = {name: read_json(f).get('iou') if (f := p.out/name/'metrics.json').is_file() else None for name in ('masks', 'segmentation')}   # of each class
         result |= {'best': best, 'mask_miou': masks['miou'], 'mask_iou': iou['masks'], 'segmentation_miou': rows[0]['miou'] if rows else None, 'segmentation_iou': iou['segmentation']}
-    for row in result['table']: row['saliency'] = saliency_source(data.root) if 'eps' in row['method'].split('+') else None
+    for row in result['table']:
+        row['saliency'] = saliency_source(data.root) if 'eps' in row['method'].split('+') else None
     peak = max(read_json(f)['peak_memory_mb'] for depth in ('*', '*/*') for f in p.out.glob(f'{depth}/metrics.json'))
     return result | {'peak_memory_mb': peak, 'parameters': config(p.s, p.c, p.seeds, p.r, p.g), **provenance()}
 
@@ -193,7 +229,8 @@ def pseudo_masks(p, best, found):
     "Make them, as `refine` says; returns their row."
     data, truth, r = p.lists[p.r.mask_split], p.lists[p.seeds.seed_split], p.r
     cams, about = cam_folder(p, best, data), {'method': best, **config(p.s, p.c, p.seeds, r), 'threshold': found['threshold']}
-    if not truth.has_masks or not {*truth.ids} <= {*data.ids}: truth = data
+    if not truth.has_masks or not {*truth.ids} <= {*data.ids}:
+        truth = data
     options, labels, weights = affinity_options(r), p.out/'affinity-labels', p.out/'affinity'/'weights.safetensors'
     about['options'] = options and asdict(options)   # a preset may change from one edition to the next
     if not options:
@@ -216,8 +253,10 @@ def segmentation(p, best):
     stage(p.out/'segmenter', about, lambda f: train_segmenter(f, p.lists[p.r.mask_split], p.out/'masks', recipe, p.s, p.c, g, p.first))
     test = lambda f, images: segment(f, images, weights, recipe, p.s, p.c, g)
     stage(p.out/'shown', about, lambda f: test(f, few))
-    if g.archive_split: stage(p.out/'archive', about, lambda f: pack(f, p.lists[g.archive_split], weights, recipe, p.s, p.c, g))
-    if not g.val_split: return []
+    if g.archive_split:
+        stage(p.out/'archive', about, lambda f: pack(f, p.lists[g.archive_split], weights, recipe, p.s, p.c, g))
+    if not g.val_split:
+        return []
     made = stage(p.out/'segmentation', about, lambda f: test(f, p.lists[g.val_split]))
     return [table_row('segmenter', best, p.lists[g.val_split], made['miou'], False, p.start(g.seg_backbone, g.seg_weights))]
 
@@ -228,7 +267,8 @@ def read_run(
     "What a run was told. Raises `DataError` for a folder of something else, `ValueError` for parameters of another edition."
     path = Path(run)/'config.json'
     told = read_json(path) if path.is_file() else {}
-    if 'methods' not in told: raise DataError(f'{run} is no run: give the folder of a run (runs/mine), or of a method in it (runs/mine/seam+ppc).')
+    if 'methods' not in told:
+        raise DataError(f'{run} is no run: give the folder of a run (runs/mine), or of a method in it (runs/mine/seam+ppc).')
     return told.pop('methods'), settings(**told).values()
 
 def run_classes(
@@ -239,7 +279,8 @@ def run_classes(
     run = Path(run)
     data = Path(data) if data else run/'scenes'
     for root in (run, data):
-        if (root/'classes.txt').is_file(): return read_classes(root)
+        if (root/'classes.txt').is_file():
+            return read_classes(root)
     raise DataError(f'{run/"classes.txt"} is missing, and {data} has gone: put the classes.txt that the run learned from into {run}.')
 
 # %% ../nbs/39_pipeline.ipynb #17c9f3f6
@@ -248,7 +289,8 @@ def trained_segmenter(
 ):       # `DeepLab`
     "The segmentation network of a run. Raises `DataError` where there is none."
     out = Path(out)
-    if not (out/'segmenter'/'metrics.json').is_file(): raise DataError(f'{out} has no trained segmenter: run ppc with a segmenter and this folder as out.')
+    if not (out/'segmenter'/'metrics.json').is_file():
+        raise DataError(f'{out} has no trained segmenter: run ppc with a segmenter and this folder as out.')
     _, (s, c, seeds, r, g) = read_run(out)
     return load_segmenter(out/'segmenter'/'weights.safetensors', run_classes(out, s.data), segmentation_recipe(g), s, c, g)
 

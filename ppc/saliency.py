@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 from .data import ENDINGS, DataError, TagFolder, atomic, read_saliency
-from .folders import link
+from .folders import link_file
 
 # %% ../nbs/07_saliency.ipynb #bdd27a6c
 def saliency_source(
@@ -24,9 +24,12 @@ def saliency_source(
 
 def _claim(root, source):
     folder, found, source = Path(root)/'Saliency', saliency_source(root), ' '.join(source.split())
-    if found is None and any(folder.glob('[!.]*')): raise DataError(f'{folder} holds maps, but no SOURCE.txt says whose: write that line, or delete the folder.')
-    if found not in (None, source): raise DataError(f'{folder} holds maps of another source ({found}), and two do not mix: delete the folder first.')
-    with atomic(folder/'SOURCE.txt') as part: part.write_text(source + '\n', encoding='utf-8')
+    if found is None and any(folder.glob('[!.]*')):
+        raise DataError(f'{folder} holds maps, but no SOURCE.txt says whose: write that line, or delete the folder.')
+    if found not in (None, source):
+        raise DataError(f'{folder} holds maps of another source ({found}), and two do not mix: delete the folder first.')
+    with atomic(folder/'SOURCE.txt') as part:
+        part.write_text(source + '\n', encoding='utf-8')
 
 # %% ../nbs/07_saliency.ipynb #fe9d82da
 def link_saliency(
@@ -39,15 +42,20 @@ def link_saliency(
     "Link saliency maps into a dataset folder. Raises `DataError` where one is missing, there twice, or not an 8-bit picture."
     folder, found = TagFolder(root, split), {}
     for f in sorted(Path(maps).rglob('[!.]*')):
-        if f.suffix.lower() not in ENDINGS: continue
-        if f.stem in found: raise DataError(f'{f} and {found[f.stem]} are both maps of {f.stem!r}: remove one of them.')
+        if f.suffix.lower() not in ENDINGS:
+            continue
+        if f.stem in found:
+            raise DataError(f'{f} and {found[f.stem]} are both maps of {f.stem!r}: remove one of them.')
         found[f.stem] = f
     lacking = [i for i in folder.ids if i not in found]
-    if lacking: raise DataError(f'{maps} lacks the maps of {len(lacking)} of the {len(folder)} images in {split!r}, the first is {lacking[0]}.png: add them.')
+    if lacking:
+        raise DataError(f'{maps} lacks the maps of {len(lacking)} of the {len(folder)} images in {split!r}, the first is {lacking[0]}.png: add them.')
     with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(read_saliency, [found[i] for i in folder.ids]), total=len(folder), desc='maps'): pass
+        for _ in tqdm(pool.map(read_saliency, [found[i] for i in folder.ids]), total=len(folder), desc='maps'):
+            pass
     _claim(root, source or f'linked from the folder {Path(maps).resolve().name}')
-    for i in folder.ids: link(found[i], folder.root/'Saliency'/f'{i}.png')   # a JPEG, too: what a file is, is told by its content
+    for i in folder.ids:
+        link_file(found[i], folder.root/'Saliency'/f'{i}.png')   # a JPEG, too: what a file is, is told by its content
     return dict(maps=len(folder), unused=len(found) - len(folder))
 
 # %% ../nbs/07_saliency.ipynb #99007561
@@ -55,7 +63,8 @@ def _opencv():
     try:
         import cv2
         from cv2 import saliency
-    except ImportError: raise ImportError('Making saliency maps needs OpenCV with its saliency module: pip install ppc[saliency]') from None
+    except ImportError:
+        raise ImportError('Making saliency maps needs OpenCV with its saliency module: pip install ppc[saliency]') from None
     return cv2
 
 # %% ../nbs/07_saliency.ipynb #s16e97e8
@@ -86,12 +95,15 @@ def make_saliency(
     folder = TagFolder(root, split)
     _claim(root, SIMPLE)
     with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(lambda i: _write(folder, i), range(len(folder))), total=len(folder), desc='maps'): pass
+        for _ in tqdm(pool.map(lambda i: _write(folder, i), range(len(folder))), total=len(folder), desc='maps'):
+            pass
     return dict(maps=len(folder))
 
 # %% ../nbs/07_saliency.ipynb #s0e40373
 def _write(folder, i):
     out = folder.root/'Saliency'/f'{folder.ids[i]}.png'
-    if out.exists(): return
+    if out.exists():
+        return
     s = np.rint(255*simple_saliency(folder.image(i))).astype(np.uint8)
-    with atomic(out) as part: Image.fromarray(s).save(part)
+    with atomic(out) as part:
+        Image.fromarray(s).save(part)

@@ -7,7 +7,8 @@ __all__ = ['CLASSES', 'SIDE', 'SCALE', 'COATS', 'FACES', 'MUZZLES', 'EARS', 'PLA
            'make_scenes', 'make_closeups']
 
 # %% ../nbs/01_scenes.ipynb #cceada95
-import json, shutil
+import json
+import shutil
 from pathlib import Path
 import numpy as np
 from filelock import FileLock
@@ -32,11 +33,16 @@ def _ellipse(draw, x, y, rx, ry, fill): draw.ellipse([x-rx, y-ry, x+rx, y+ry], f
 
 def _ears(draw, kind, x, y, r, fill):
     for s in (-1, 1):
-        if kind == 'point': draw.polygon([(x+s*.25*r, y-.7*r), (x+s*.95*r, y-.3*r), (x+s*.85*r, y-1.6*r)], fill=fill)
-        if kind == 'wide': draw.polygon([(x+s*.1*r, y-.8*r), (x+s*r, y-.1*r), (x+s*1.5*r, y-1.3*r)], fill=fill)
-        if kind == 'round': _ellipse(draw, x+s*.8*r, y-.8*r, .45*r, .45*r, fill)
-        if kind == 'long': _ellipse(draw, x+s*.4*r, y-1.5*r, .25*r, .9*r, fill)
-    if kind == 'mane': draw.polygon([(x-.3*r, y-1.5*r), (x+.3*r, y-1.5*r), (x+.5*r, y), (x-.5*r, y)], fill=(40, 40, 40))
+        if kind == 'point':
+            draw.polygon([(x+s*.25*r, y-.7*r), (x+s*.95*r, y-.3*r), (x+s*.85*r, y-1.6*r)], fill=fill)
+        if kind == 'wide':
+            draw.polygon([(x+s*.1*r, y-.8*r), (x+s*r, y-.1*r), (x+s*1.5*r, y-1.3*r)], fill=fill)
+        if kind == 'round':
+            _ellipse(draw, x+s*.8*r, y-.8*r, .45*r, .45*r, fill)
+        if kind == 'long':
+            _ellipse(draw, x+s*.4*r, y-1.5*r, .25*r, .9*r, fill)
+    if kind == 'mane':
+        draw.polygon([(x-.3*r, y-1.5*r), (x+.3*r, y-1.5*r), (x+.5*r, y), (x-.5*r, y)], fill=(40, 40, 40))
 
 # %% ../nbs/01_scenes.ipynb #47a1108f
 def _face(draw, rng, c, x, y, r):
@@ -44,18 +50,22 @@ def _face(draw, rng, c, x, y, r):
     _ears(draw, EARS[c-1], x, y, r, dark if c == 6 else fill)
     _ellipse(draw, x, y, r, .9*r, fill)
     for s in (-1, 1):
-        if c == 6: _ellipse(draw, x+s*.4*r, y-.2*r, .3*r, .3*r, dark)
+        if c == 6:
+            _ellipse(draw, x+s*.4*r, y-.2*r, .3*r, .3*r, dark)
         _ellipse(draw, x+s*.4*r, y-.2*r, .14*r, .14*r, (230, 230, 230) if c == 6 else (10, 10, 10))
     _ellipse(draw, x, y+.4*r, .5*r, .4*r, MUZZLES[c-1])
 
 # %% ../nbs/01_scenes.ipynb #a5acf5e0
 def _body(draw, rng, x, y, rx, ry, coat, pattern):
-    for s in (-.7, -.35, .35, .7): draw.rectangle([x+s*rx-.09*rx, y, x+s*rx+.09*rx, y+1.7*ry], fill=coat)
+    for s in (-.7, -.35, .35, .7):
+        draw.rectangle([x+s*rx-.09*rx, y, x+s*rx+.09*rx, y+1.7*ry], fill=coat)
     _ellipse(draw, x, y, rx, ry, coat)
     for t in np.linspace(-.75, .75, 6):
         h = ry*np.sqrt(1 - t*t)*.95
-        if pattern == 'stripes': draw.line([x+t*rx, y-h, x+(t+.1*rng.normal())*rx, y+h], fill=(35, 35, 35), width=max(2, int(.1*rx)))
-        if pattern == 'spots': _ellipse(draw, x+t*rx, y+rng.uniform(-.5, .5)*h, .1*rx, .1*rx, tuple(int(.6*v) for v in coat))
+        if pattern == 'stripes':
+            draw.line([x+t*rx, y-h, x+(t+.1*rng.normal())*rx, y+h], fill=(35, 35, 35), width=max(2, int(.1*rx)))
+        if pattern == 'spots':
+            _ellipse(draw, x+t*rx, y+rng.uniform(-.5, .5)*h, .1*rx, .1*rx, tuple(int(.6*v) for v in coat))
 
 # %% ../nbs/01_scenes.ipynb #cc245035
 def _animal(layers, rng, c, x, y, size, way):
@@ -91,9 +101,11 @@ def _clutter(draw, rng, side):
     for _ in range(rng.integers(2, 6)):
         x, y, r = *rng.uniform(0, side, 2), rng.uniform(.04, .12)*side
         colour = _jitter(rng, [(60, 90, 45), (135, 125, 115), (150, 105, 65), (225, 220, 210)][rng.integers(4)], 15)
-        if rng.random() < .5: _ellipse(draw, x, y, r, .7*r, colour)
+        if rng.random() < .5:
+            _ellipse(draw, x, y, r, .7*r, colour)
         else:
-            for dx, dy in rng.normal(0, .5*r, (5, 2)): _ellipse(draw, x+dx, y+dy, .6*r, .6*r, colour)
+            for dx, dy in rng.normal(0, .5*r, (5, 2)):
+                _ellipse(draw, x+dx, y+dy, .6*r, .6*r, colour)
 
 # %% ../nbs/01_scenes.ipynb #3e041bd8
 def _finish(rng, image, side): return (np.asarray(image.resize((side, side), Image.LANCZOS)) + rng.normal(0, 8, (side, side, 3))).clip(0, 255).astype(np.uint8)
@@ -162,7 +174,8 @@ def _make(root, write, made):
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f'.{root.name}.lock')):
-        if root.exists(): _same(root, made)
+        if root.exists():
+            _same(root, made)
         else:
             part = root.with_name(f'.{root.name}.part')
             shutil.rmtree(part, ignore_errors=True)
@@ -174,13 +187,17 @@ def _make(root, write, made):
     return root
 
 def _same(root, made):
-    try: found = json.loads((root/'made.json').read_text())
-    except (OSError, ValueError): raise ValueError(f'{root} exists and holds nothing generated: choose another folder.') from None
-    if found != made: raise ValueError(f'{root} was made with {found}, asked for is {made}: choose another folder.')
+    try:
+        found = json.loads((root/'made.json').read_text())
+    except (OSError, ValueError):
+        raise ValueError(f'{root} exists and holds nothing generated: choose another folder.') from None
+    if found != made:
+        raise ValueError(f'{root} was made with {found}, asked for is {made}: choose another folder.')
 
 # %% ../nbs/01_scenes.ipynb #76d5eb13
 def _write_scenes(root, train, val, seed, quality):
-    for d in ['SegmentationClass', 'Saliency', 'Parts', 'ImageSets']: (root/d).mkdir()
+    for d in ['SegmentationClass', 'Saliency', 'Parts', 'ImageSets']:
+        (root/d).mkdir()
     rows = []
     for s, (split, n) in enumerate({'train': train, 'val': val}.items()):
         ids = [f'{split}{i:05}' for i in range(n)]

@@ -10,27 +10,46 @@ __all__ = ['PCMS', 'KNOWN', 'CHANCE', 'PARTS', 'stage', 'peak_memory', 'write_js
            'make_segmenter', 'train_segmenter', 'load_segmenter', 'segment', 'pack']
 
 # %% ../nbs/38_stages.ipynb #1dc6492d
-import json, resource, shutil, time
+import json
+import resource
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from .data import DataError, TagFolder, TrainingViews, atomic, augmentation, read_mask
-from .metrics import ThresholdCurve, confusion, iou, miou
-from .weights import load_state, load_weights, read_weights
 from .backbones import ResNet, ResNet38, Timm, Tiny, parameter_groups
 from .cam import CamNet, class_loss
-from .views import draw_transformation, paired_views, resize
-from .seam import PCM, seam_losses
-from .eps import eps_losses, saliency_losses
 from .contrast import READINGS, PixelToPrototypeContrast
-from .training import fit, optimizer_of
+from .crf import CRF_IRN as SEED_CRF
+from .crf import CRF_PRESETS, write_masks
+from .crf import CRF_PSA as CAM_CRF
+from .data import DataError, TagFolder, TrainingViews, atomic, augmentation, read_mask
+from ppc.deeplab import (
+    RECIPES,
+    check_archive,
+    deeplab,
+    train_deeplab,
+    voc_archive,
+    write_predictions,
+)
+from .eps import eps_losses, saliency_losses
 from .inference import read_cam, write_cams
-from .crf import IRN as SEED_CRF, PAIRWISES, PSA as CAM_CRF, write_masks
-from .psa import PSAS, AffinityNet, Psa, train_affinity, write_affinity_labels, write_psa_masks
-from .irn import IRNS, IRNet, train_irn, write_irn_labels, write_irn_masks
-from .deeplab import RECIPES, check_archive, deeplab, train_deeplab, voc_archive, write_predictions
+from .irn import IRN_PRESETS, IRNet, train_irn, write_irn_labels, write_irn_masks
+from .metrics import ThresholdCurve, confusion, iou, miou
 from .parameters import preset
+from ppc.psa import (
+    PSA_PRESETS,
+    AffinityNet,
+    PsaOptions,
+    train_affinity,
+    write_affinity_labels,
+    write_psa_masks,
+)
+from .seam import PCM, seam_losses
+from .training import fit, make_optimizer
+from .views import paired_views, random_transformation, resize
+from .weights import load_state, load_weights, read_weights
 
 # %% ../nbs/38_stages.ipynb #9a5f4650
 def stage(
@@ -43,8 +62,10 @@ def stage(
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(folder/'config.json', json.loads(json.dumps(config)))
     done = folder/'metrics.json'
-    if done.exists(): return read_json(done)
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    if done.exists():
+        return read_json(done)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     began = time.time()
     found = work(folder)
     metrics = {'peak_memory_mb': peak_memory(), **found, 'seconds': round(time.time() - began, 3)}
@@ -52,12 +73,14 @@ def stage(
     return metrics
 
 def peak_memory():  # MB: on a GPU of the stage, elsewhere the most that the process has had so far
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()//2**20
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()//2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
 
 # %% ../nbs/38_stages.ipynb #s80a3c95
 def _same_config(path, config):
-    if not path.exists(): return write_json(path, config)
+    if not path.exists():
+        return write_json(path, config)
     found = read_json(path)
     for k in sorted({*found, *config}):
         if found.get(k) != config.get(k):
@@ -65,11 +88,14 @@ def _same_config(path, config):
 
 # %% ../nbs/38_stages.ipynb #3b0934b2
 def write_json(path, value):  # atomically
-    with atomic(path) as part: part.write_text(json.dumps(value, indent=1) + '\n')
+    with atomic(path) as part:
+        part.write_text(json.dumps(value, indent=1) + '\n')
 
 def read_json(path):  # raises `DataError` when it is damaged
-    try: return json.loads(Path(path).read_text())
-    except ValueError as e: raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
 
 # %% ../nbs/38_stages.ipynb #c56f1f70
 def make_backbone(
@@ -79,14 +105,20 @@ def make_backbone(
     pretrained=None, # weights.safetensors of stage pretrain or warm: for c's own network
 ):                   # module of `ppc.backbones`
     "The backbone that the parameters name. Raises `ValueError` or `DataError`."
-    if name and name != c.backbone: pretrained = None
+    if name and name != c.backbone:
+        pretrained = None
     name, weights = (name, weights) if name else (c.backbone, c.weights)
-    if name == 'tiny': backbone = Tiny()
-    elif name == 'resnet38': backbone = ResNet38(weights or None)
-    elif name in ('resnet50', 'resnet101'): backbone = ResNet(name, c.output_stride, weights or None)
-    else: backbone = Timm(name, c.output_stride, weights or None)
+    if name == 'tiny':
+        backbone = Tiny()
+    elif name == 'resnet38':
+        backbone = ResNet38(weights or None)
+    elif name in ('resnet50', 'resnet101'):
+        backbone = ResNet(name, c.output_stride, weights or None)
+    else:
+        backbone = Timm(name, c.output_stride, weights or None)
     pretrained = pretrained or (name == 'tiny' and weights)
-    if pretrained: load_state(backbone, {k[9:]: v for k, v in read_weights(pretrained).items() if k.startswith('backbone.')}, pretrained)
+    if pretrained:
+        load_state(backbone, {k[9:]: v for k, v in read_weights(pretrained).items() if k.startswith('backbone.')}, pretrained)
     return backbone
 
 # %% ../nbs/38_stages.ipynb #s30b9bee
@@ -95,7 +127,8 @@ def make_camnet(c, classes, method, pretrained=None):  # -> `CamNet`, with PCM f
     backbone = make_backbone(c, pretrained=pretrained)
     refine = PCM(backbone.channels[:2], **PCMS[c.pcm]) if 'seam' in method.split('+') else None
     net = CamNet(backbone, classes, refine=refine, dropout=c.dropout)
-    if c.classifier == 'zeros': torch.nn.init.zeros_(net.classifier.weight)   # after all is drawn, so the rest is as without
+    if c.classifier == 'zeros':
+        torch.nn.init.zeros_(net.classifier.weight)   # after all is drawn, so the rest is as without
     return net
 
 # %% ../nbs/38_stages.ipynb #6741c1eb
@@ -112,23 +145,31 @@ def method_losses(
     c,      # `CamTraining`
 ):          # (model, batch) -> dict of terms, for `fit`
     "The objective of a method. Raises `ValueError` for an unknown one."
-    if {*c.chance} - {*CHANCE, *PARTS}: raise ValueError(f'chance is {c.chance}: its sources are {", ".join([*CHANCE, *PARTS])}.')
+    if {*c.chance} - {*CHANCE, *PARTS}:
+        raise ValueError(f'chance is {c.chance}: its sources are {", ".join([*CHANCE, *PARTS])}.')
     for name, known in {'pcm': PCMS, 'classifier': ('drawn', 'zeros')}.items():
-        if (told := getattr(c, name)) not in known: raise ValueError(f'{name} is {told!r}: choose from {", ".join(known)}.')
-    if method not in KNOWN: raise ValueError(f'There is no method {method!r}: choose from {", ".join(KNOWN)}.')
+        if (told := getattr(c, name)) not in known:
+            raise ValueError(f'{name} is {told!r}: choose from {", ".join(known)}.')
+    if method not in KNOWN:
+        raise ValueError(f'There is no method {method!r}: choose from {", ".join(KNOWN)}.')
     parts, reading, moves = method.split('+'), contrast_reading(c), (c.flip, c.rotate, c.translate)
     contrast = PixelToPrototypeContrast(c.k, c.tau, c.alpha, c.beta, reading)
 
     def losses(model, batch):
         image, tags, eps = batch['image'], batch['tags'], (c.saliency_weight, c.saliency_overlap)
         source = model(image)
-        if parts == ['cam']: return {'cls': class_loss(source.cam, tags)}
-        if parts == ['eps']: return eps_losses(source, batch['saliency'], tags, *eps)
-        a = draw_transformation(len(image), c.crop, *moves) if any(moves) else None
+        if parts == ['cam']:
+            return {'cls': class_loss(source.cam, tags)}
+        if parts == ['eps']:
+            return eps_losses(source, batch['saliency'], tags, *eps)
+        a = random_transformation(len(image), c.crop, *moves) if any(moves) else None
         target = model((a or resize)(image, c.target))
-        if 'seam' in parts: terms = seam_losses(source, target, [max(2, n//c.map_stride) for n in (c.crop, c.target)], tags, a)
-        else: terms = {'cls': (class_loss(source.cam, tags) + class_loss(target.cam, tags, a and a.valid(target.cam.shape[2:], image.device)))/2}
-        if 'eps' in parts: terms['sal'] = saliency_losses(source, target, batch['saliency'], tags, *eps, a)
+        if 'seam' in parts:
+            terms = seam_losses(source, target, [max(2, n//c.map_stride) for n in (c.crop, c.target)], tags, a)
+        else:
+            terms = {'cls': (class_loss(source.cam, tags) + class_loss(target.cam, tags, a and a.valid(target.cam.shape[2:], image.device)))/2}
+        if 'eps' in parts:
+            terms['sal'] = saliency_losses(source, target, batch['saliency'], tags, *eps, a)
         if 'ppc' in parts:
             found = contrast(*paired_views(source, target, reading.grid or None, reading.refined, a), tags)
             rise = min(1, batch['progress']/c.ramp) if c.ramp else 1
@@ -162,9 +203,10 @@ def train_cam(folder, data, method, s, c, pretrained):
     begin = lambda seed: torch.manual_seed(seed) and make_camnet(c, len(data.classes), method, pretrained)
     model = begin(seeds['init'])
     for part, name in PARTS.items():
-        if part in c.chance and getattr(model, name): setattr(model, name, getattr(begin(c.chance[part]), name))
+        if part in c.chance and getattr(model, name):
+            setattr(model, name, getattr(begin(c.chance[part]), name))
     views = TrainingViews(data, augmentation(c.resize, c.crop), seeds['views'], saliency=competes(method), edge=c.resize[1])
-    optimizer = optimizer_of(c.optimizer, parameter_groups(model, c.lr, c.lr_new), c.momentum, weight_decay=c.weight_decay)
+    optimizer = make_optimizer(c.optimizer, parameter_groups(model, c.lr, c.lr_new), c.momentum, weight_decay=c.weight_decay)
     fit(model, method_losses(method, c), views, optimizer, folder, c.epochs, c.batch_size, seeds['order'], noise=seeds['noise'], ema=c.ema, label=method, **_how(s))
     return {'images': len(data), 'epochs': c.epochs}
 
@@ -187,9 +229,11 @@ def class_iou(counts, classes):  # {name: percent}, None for a class that is now
 
 def evaluate_seeds(data, cams):
     "The threshold curve of a split's CAMs; without masks there is none."
-    if not data.has_masks: return {'miou': None}
+    if not data.has_masks:
+        return {'miou': None}
     curve = ThresholdCurve(len(data.classes))
-    for i, name in enumerate(data.ids): curve.add(*read_cam(Path(cams)/f'{name}.npz'), data.mask(i))
+    for i, name in enumerate(data.ids):
+        curve.add(*read_cam(Path(cams)/f'{name}.npz'), data.mask(i))
     threshold, best = curve.best()
     at = curve.counts()[int(np.argmax(curve.miou()))]
     return {'miou': 100*best, 'threshold': round(threshold, 4), 'curve': (100*curve.miou()).round(3).tolist(), 'iou': class_iou(at, data.classes)}
@@ -197,13 +241,15 @@ def evaluate_seeds(data, cams):
 # %% ../nbs/38_stages.ipynb #eaa966ff
 def evaluate_masks(data, masks):
     "mIoU of a folder of masks against a split's own; None where that has none."
-    if not data.has_masks: return {'miou': None}
+    if not data.has_masks:
+        return {'miou': None}
     counts = sum(confusion(data.mask(i), read_mask(Path(masks)/f'{name}.png'), len(data.classes)) for i, name in enumerate(data.ids))
     return {'miou': 100*float(miou(counts)), 'iou': class_iou(counts, data.classes)}
 
 def make_masks(folder, data, truth, cams, threshold, use_crf, s, seeds, label, ready=None):
     "Pseudo masks of a split, with CRF or without; those that are `ready` in a folder are copied."
-    if ready: _share(ready, folder)
+    if ready:
+        _share(ready, folder)
     write_masks(data, cams, folder, threshold, use_crf, s.workers, label, seed_pairwise(seeds), len(data.classes), seeds.crf_power)
     return evaluate_masks(truth, folder)
 
@@ -211,45 +257,49 @@ def seed_pairwise(seeds): return replace(CAM_CRF if seeds.crf_power else SEED_CR
 
 def _share(source, target):
     for f in source.glob('[!.]*.png'):
-        with atomic(target/f.name) as part: shutil.copyfile(f, part)
+        with atomic(target/f.name) as part:
+            shutil.copyfile(f, part)
 
 # %% ../nbs/38_stages.ipynb #7510c446
-def affinity_options(r):  # `Refinement` -> `Psa`, `Irn`, or None where nothing is learned
+def affinity_options(r):  # `Refinement` -> `PsaOptions`, `Irn`, or None where nothing is learned
     "The options that the parameters name. Raises `ValueError`."
-    if r.refine not in ('none', 'crf', 'psa', 'irn'): raise ValueError(f'refine is {r.refine!r}: choose from none, crf, psa, irn.')
-    return preset('preset', {'psa': PSAS, 'irn': IRNS}[r.refine], r.preset, r.refine_options) if r.refine in ('psa', 'irn') else None
+    if r.refine not in ('none', 'crf', 'psa', 'irn'):
+        raise ValueError(f'refine is {r.refine!r}: choose from none, crf, psa, irn.')
+    return preset('preset', {'psa': PSA_PRESETS, 'irn': IRN_PRESETS}[r.refine], r.preset, r.refine_options) if r.refine in ('psa', 'irn') else None
 
 def make_affinity_labels(folder, data, cams, options, s):
     "What is surely background and surely a class, from the CAMs of a split."
-    write = write_affinity_labels if isinstance(options, Psa) else write_irn_labels
+    write = write_affinity_labels if isinstance(options, PsaOptions) else write_irn_labels
     write(data, cams, folder, options, s.workers)
     return {'images': len(data)}
 
 def make_affinity_net(c, r, options, pretrained=None):  # -> `AffinityNet` or `IRNet`
     backbone = make_backbone(c, r.refine_backbone, r.refine_weights, pretrained)
-    return AffinityNet(backbone, options.radius) if isinstance(options, Psa) else IRNet(backbone)
+    return AffinityNet(backbone, options.radius) if isinstance(options, PsaOptions) else IRNet(backbone)
 
 # %% ../nbs/38_stages.ipynb #s024a6d8
 def train_affinities(folder, data, labels, options, s, c, r, pretrained):
     "Train the network that tells what belongs together."
     torch.manual_seed(s.seed)
-    train = train_affinity if isinstance(options, Psa) else train_irn
+    train = train_affinity if isinstance(options, PsaOptions) else train_irn
     train(make_affinity_net(c, r, options, pretrained), data, labels, folder, options, s.seed, label=r.refine.upper(), **_how(s))
     return {'images': len(data), 'epochs': options.epochs}
 
 def make_walked_masks(folder, data, truth, cams, weights, options, s, c, r):
     "Pseudo masks of a split, from the CAMs and a walk."
     model = _load(make_affinity_net(replace(c, weights=''), replace(r, refine_weights=''), options), weights, s)
-    write = write_psa_masks if isinstance(options, Psa) else write_irn_masks
+    write = write_psa_masks if isinstance(options, PsaOptions) else write_irn_masks
     write(model, data, cams, folder, options)
     return evaluate_masks(truth, folder)
 
 # %% ../nbs/38_stages.ipynb #3e4a6e80
 def segmentation_recipe(g):  # `Segmentation` -> `Recipe`, or None
     "The recipe that the parameters name. Raises `ValueError`."
-    if g.segmenter == 'none': return None
+    if g.segmenter == 'none':
+        return None
     options = {**g.seg_options, 'head': g.segmenter}
-    if isinstance(options.get('pairwise'), str): options['pairwise'] = preset('pairwise', PAIRWISES, options['pairwise'], {})
+    if isinstance(options.get('pairwise'), str):
+        options['pairwise'] = preset('pairwise', CRF_PRESETS, options['pairwise'], {})
     return preset('recipe', RECIPES, g.recipe, options)
 
 def make_segmenter(c, g, classes, recipe, pretrained=None):  # -> `DeepLab`

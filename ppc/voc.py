@@ -7,7 +7,11 @@ __all__ = ['VOC_CLASSES', 'VOC_SIZES', 'read_objects', 'read_cls_labels', 'read_
            'read_ids', 'find_voc', 'download_voc', 'make_voc']
 
 # %% ../nbs/05_voc.ipynb #d1058fbd
-import io, os, pickle, pickletools, re
+import io
+import os
+import pickle
+import pickletools
+import re
 from pathlib import Path
 import numpy as np
 from defusedxml import ElementTree
@@ -29,13 +33,18 @@ def read_objects(
     difficult=True, # also those marked as difficult
 ) -> list:          # class names, in the order of `VOC_CLASSES`
     "The classes that have an object in an annotation. Raises `DataError` for anything but a plain annotation of VOC's classes."
-    try: top = ElementTree.parse(path, forbid_dtd=True).getroot()
-    except FileNotFoundError: raise DataError(f'{path} is missing: it says what is in the image.') from None
-    except Exception as e: raise DataError(f'{path} cannot be read as an annotation ({e}): fetch it again.') from None
-    if top.tag != 'annotation': raise DataError(f'{path} is XML of another kind: it begins with <{top.tag}>, not <annotation>.')
+    try:
+        top = ElementTree.parse(path, forbid_dtd=True).getroot()
+    except FileNotFoundError:
+        raise DataError(f'{path} is missing: it says what is in the image.') from None
+    except Exception as e:
+        raise DataError(f'{path} cannot be read as an annotation ({e}): fetch it again.') from None
+    if top.tag != 'annotation':
+        raise DataError(f'{path} is XML of another kind: it begins with <{top.tag}>, not <annotation>.')
     objects = [(o.findtext('name', '').strip(), o.findtext('difficult', '0').strip() == '1') for o in top.findall('object')]
     for name, _ in objects:
-        if name not in VOC_CLASSES[1:]: raise DataError(f'{path} has an object {name!r}, which is no class of VOC 2012.')
+        if name not in VOC_CLASSES[1:]:
+            raise DataError(f'{path} has an object {name!r}, which is no class of VOC 2012.')
     return [c for c in VOC_CLASSES if (c, False) in objects or difficult and (c, True) in objects]
 
 # %% ../nbs/05_voc.ipynb #1c1f07d5
@@ -49,7 +58,8 @@ class _Record:
 
 class _Recorder(pickle.Unpickler):
     def find_class(self, module, name):
-        if (module, name) not in _NUMPY: raise pickle.UnpicklingError(f'it asks to run {module}.{name}')
+        if (module, name) not in _NUMPY:
+            raise pickle.UnpicklingError(f'it asks to run {module}.{name}')
         return _Record
 
 # %% ../nbs/05_voc.ipynb #ba37db7f
@@ -57,15 +67,18 @@ def _recorded(path):  # what the 0-dimensional object array in a .npy holds, as 
     with path.open('rb') as f:
         np.lib.format.read_magic(f)
         shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-        if shape != () or dtype != object: raise ValueError(f'it holds an array of {dtype}, not a dict')
+        if shape != () or dtype != object:
+            raise ValueError(f'it holds an array of {dtype}, not a dict')
         program = f.read()
     for op, number, place in pickletools.genops(program):
-        if 'PUT' in op.name and number > place: raise ValueError(f'it would number {number} things')
+        if 'PUT' in op.name and number > place:
+            raise ValueError(f'it would number {number} things')
     return _Recorder(io.BytesIO(program)).load().state[4][0]
 
 def _numbers(dtype, raw):  # from the records of a type and of its bytes
     raw, code = raw if isinstance(raw, bytes) else raw.args[0].encode('latin1'), dtype.state[1] + dtype.args[0]
-    if not re.fullmatch('[<>|=][biuf][1248]', code): raise ValueError(f'it holds elements of type {code}')
+    if not re.fullmatch('[<>|=][biuf][1248]', code):
+        raise ValueError(f'it holds elements of type {code}')
     return np.frombuffer(raw, code)
 
 # %% ../nbs/05_voc.ipynb #6684f59b
@@ -77,7 +90,8 @@ def _row(record):  # the classes that are not zero
     return [c for c, there in zip(VOC_CLASSES[1:], row) if there]
 
 def _name(key):  # '2007_000032', from this, from 2007000032, or from the record of such a number
-    if isinstance(key, str): return key
+    if isinstance(key, str):
+        return key
     return '{:04}_{:06}'.format(*divmod(int(key if isinstance(key, int) else _numbers(*key.args)[0]), 10**6))
 
 def read_cls_labels(
@@ -85,18 +99,24 @@ def read_cls_labels(
 ) -> dict: # id -> class names
     "The field's file of tags, without running any code from it. Raises `DataError`."
     path = Path(path)
-    if not path.is_file(): raise DataError(f'{path} is missing: give the path of a cls_labels.npy.')
-    try: return {_name(key): _row(record) for key, record in _recorded(path).items()}
-    except Exception as e: raise DataError(f'{path} is refused as a cls_labels.npy ({e}): use the annotations, or get another copy.') from None
+    if not path.is_file():
+        raise DataError(f'{path} is missing: give the path of a cls_labels.npy.')
+    try:
+        return {_name(key): _row(record) for key, record in _recorded(path).items()}
+    except Exception as e:
+        raise DataError(f'{path} is refused as a cls_labels.npy ({e}): use the annotations, or get another copy.') from None
 
 # %% ../nbs/05_voc.ipynb #1d9d4a22
 def read_sbd_mask(
     path, # cls/<id>.mat
 ):        # (H, W) uint8 class numbers
     "A mask of SBD. Raises `DataError` when it is missing, damaged or holds something else."
-    if not Path(path).is_file(): raise DataError(f'{path} is missing: SBD has a mask of each image that its lists name.')
-    try: mask = np.asarray(loadmat(path, variable_names=['GTcls'])['GTcls'][0]['Segmentation'][0])
-    except Exception as e: raise DataError(f'{path} cannot be read as a mask of SBD ({e}): fetch it again.') from None
+    if not Path(path).is_file():
+        raise DataError(f'{path} is missing: SBD has a mask of each image that its lists name.')
+    try:
+        mask = np.asarray(loadmat(path, variable_names=['GTcls'])['GTcls'][0]['Segmentation'][0])
+    except Exception as e:
+        raise DataError(f'{path} cannot be read as a mask of SBD ({e}): fetch it again.') from None
     if mask.ndim != 2 or not mask.size or mask.dtype.kind not in 'ui' or mask.min() < 0 or mask.max() >= len(VOC_CLASSES):
         raise DataError(f'{path} holds {mask.dtype} {mask.shape}: a mask of SBD is rows and columns of the classes 0 to {len(VOC_CLASSES) - 1}.')
     return mask.astype(np.uint8)
@@ -119,12 +139,15 @@ def check_splits(
     "Raises `DataError` where an image is in two lists that must be apart, or train_aug lacks one of train, or VOC's own lists are not whole."
     for a, b in [('train', 'val'), ('train_aug', 'val'), ('train', 'test'), ('train_aug', 'test'), ('val', 'test')]:
         both = sorted({*splits.get(a, ())} & {*splits.get(b, ())})
-        if both: raise DataError(f'{both[0]} is in {a} and in {b} ({len(both)} in all): a result on {b} would be worth nothing.')
+        if both:
+            raise DataError(f'{both[0]} is in {a} and in {b} ({len(both)} in all): a result on {b} would be worth nothing.')
     lost = sorted({*splits['train']} - {*splits.get('train_aug', splits['train'])})
-    if lost: raise DataError(f'{lost[0]} is in train but not in train_aug ({len(lost)} in all): train_aug should hold all of train.')
+    if lost:
+        raise DataError(f'{lost[0]} is in train but not in train_aug ({len(lost)} in all): train_aug should hold all of train.')
     whole = all(len(splits[s]) == VOC_SIZES[s] for s in ('train', 'val'))
     for s, ids in splits.items():
-        if whole and len(ids) != VOC_SIZES[s]: raise DataError(f'{s} has {len(ids)} images, not {VOC_SIZES[s]} as VOC 2012: a source is not whole.')
+        if whole and len(ids) != VOC_SIZES[s]:
+            raise DataError(f'{s} has {len(ids)} images, not {VOC_SIZES[s]} as VOC 2012: a source is not whole.')
 
 # %% ../nbs/05_voc.ipynb #4e63c2b3
 def read_ids(
@@ -132,8 +155,10 @@ def read_ids(
 ) -> list: # ids
     "The first word of each line, without its folder and ending. Raises `DataError` where it is missing, empty or names an image twice."
     ids = [Path(line.split()[0]).stem for line in read_lines(Path(path), 'images, one per line') if line]
-    if not ids: raise DataError(f'{path} is empty: it should hold images, one per line.')
-    if len(set(ids)) < len(ids): raise DataError(f'{path} names {max(ids, key=ids.count)!r} more than once: each image may stand there once.')
+    if not ids:
+        raise DataError(f'{path} is empty: it should hold images, one per line.')
+    if len(set(ids)) < len(ids):
+        raise DataError(f'{path} names {max(ids, key=ids.count)!r} more than once: each image may stand there once.')
     return ids
 
 # %% ../nbs/05_voc.ipynb #0fc79a85
@@ -148,26 +173,33 @@ def find_voc(
     found = dict.fromkeys([*_MARKS, 'list'])
     for source in map(Path, sources):
         here = [('list', source)] if source.suffix == '.txt' else [*_known(source)]
-        if not here: raise DataError(f'{source} holds nothing of VOC 2012 or SBD: give the folder or the archive as it was published.')
+        if not here:
+            raise DataError(f'{source} holds nothing of VOC 2012 or SBD: give the folder or the archive as it was published.')
         for kind, path in here:
-            if found[kind] and not path.samefile(found[kind]): raise DataError(f'{found[kind]} and {path} both look like {kind!r}: give one of them.')
+            if found[kind] and not path.samefile(found[kind]):
+                raise DataError(f'{found[kind]} and {path} both look like {kind!r}: give one of them.')
             found[kind] = path
-    if not found['voc']: raise DataError(f'None of the sources has {" and ".join(_MARKS["voc"])}, as VOC 2012: give it, or no source for a download.')
+    if not found['voc']:
+        raise DataError(f'None of the sources has {" and ".join(_MARKS["voc"])}, as VOC 2012: give it, or no source for a download.')
     return found
 
 def _known(source):  # yields (kind, folder) of what is in a folder; those of thousands of files are not entered
     seen = set()   # links may lead in a circle
     for folder, inner, _ in os.walk(source, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen: inner.clear()
-        else: yield from ((kind, Path(folder)) for kind, marks in _MARKS.items() if all((Path(folder)/m).exists() for m in marks))
+        if (real := os.path.realpath(folder)) in seen:
+            inner.clear()
+        else:
+            yield from ((kind, Path(folder)) for kind, marks in _MARKS.items() if all((Path(folder)/m).exists() for m in marks))
         inner[:] = sorted({*inner} - _FILES)
         seen.add(real)
 
 # %% ../nbs/05_voc.ipynb #5200be8a
 def _unpacked(source, originals):  # the folder of a source
     source = Path(source)
-    if not source.exists(): raise DataError(f'{source} is missing: give an archive, a folder, or a list.')
-    if source.is_dir() or source.suffix == '.txt': return source
+    if not source.exists():
+        raise DataError(f'{source} is missing: give an archive, a folder, or a list.')
+    if source.is_dir() or source.suffix == '.txt':
+        return source
     return unpack(source, originals/source.name.split('.')[0])
 
 def download_voc(
@@ -176,7 +208,8 @@ def download_voc(
     "Download VOC 2012 and SBD. Raises `DataError` where that fails."
     voc = DATASET_YEAR_DICT['2012']
     for url, name, md5 in [(voc['url'], voc['filename'], voc['md5']), (SBDataset.url, SBDataset.filename, SBDataset.md5)]:
-        try: download_url(url, originals, name, md5)
+        try:
+            download_url(url, originals, name, md5)
         except (OSError, RuntimeError) as e:
             raise DataError(f'{name} cannot be downloaded ({e}): get it from {url} in another way, and give it as a source.') from None
         yield Path(originals)/name
@@ -186,12 +219,18 @@ def _splits(found):  # name -> ids
     sets = found['voc']/'ImageSets'/'Segmentation'
     splits = {s: read_ids(sets/f'{s}.txt') for s in ('train', 'val')}
     sbd = [i for s in ('train', 'val') for i in read_ids(found['sbd']/f'{s}.txt')] if found['sbd'] else []
-    if found['aug']: sbd += [p.stem for p in (found['aug']/'SegmentationClassAug').glob('[!.]*.png')]
-    if found['list']: splits['train_aug'] = read_ids(found['list'])
-    elif sbd: splits['train_aug'] = train_aug(splits['train'], splits['val'], sbd)
-    else: print('train_aug is left out: neither SBD, nor SegmentationClassAug, nor a list of it is among the sources.')
-    if found['test']: splits['test'] = read_ids(found['test']/'ImageSets'/'Segmentation'/'test.txt')
-    else: print("test is left out: give VOC2012test.tar as one more source, from VOC's evaluation server after registering.")
+    if found['aug']:
+        sbd += [p.stem for p in (found['aug']/'SegmentationClassAug').glob('[!.]*.png')]
+    if found['list']:
+        splits['train_aug'] = read_ids(found['list'])
+    elif sbd:
+        splits['train_aug'] = train_aug(splits['train'], splits['val'], sbd)
+    else:
+        print('train_aug is left out: neither SBD, nor SegmentationClassAug, nor a list of it is among the sources.')
+    if found['test']:
+        splits['test'] = read_ids(found['test']/'ImageSets'/'Segmentation'/'test.txt')
+    else:
+        print("test is left out: give VOC2012test.tar as one more source, from VOC's evaluation server after registering.")
     check_splits(splits)
     return splits
 
@@ -199,30 +238,36 @@ def _splits(found):  # name -> ids
 def _photographs(found, splits):  # id -> path
     test = {*splits.get('test', ())}
     files = {i: found['test' if i in test else 'voc']/'JPEGImages'/f'{i}.jpg' for ids in splits.values() for i in ids}
-    if found['sbd']: files |= {i: p for i, f in files.items() if not f.is_file() and (p := found['sbd']/'img'/f'{i}.jpg').is_file()}
+    if found['sbd']:
+        files |= {i: p for i, f in files.items() if not f.is_file() and (p := found['sbd']/'img'/f'{i}.jpg').is_file()}
     return _there(files)
 
 def _there(files):
     for i, f in files.items():
-        if not f.is_file(): raise DataError(f'{f} is missing, but the lists name {i!r}: the source is not whole, unpack or fetch it again.')
+        if not f.is_file():
+            raise DataError(f'{f} is missing, but the lists name {i!r}: the source is not whole, unpack or fetch it again.')
     return files
 
 def _tags(found, ids, difficult, labels):  # id -> class names
-    if labels is None: return {i: read_objects(found['voc']/'Annotations'/f'{i}.xml', difficult) for i in tqdm(ids, desc='tags')}
+    if labels is None:
+        return {i: read_objects(found['voc']/'Annotations'/f'{i}.xml', difficult) for i in tqdm(ids, desc='tags')}
     tags = read_cls_labels(labels)
     for i in ids:
-        if i not in tags: raise DataError(f'{labels} says nothing of image {i!r}: use the annotations, or get another copy.')
+        if i not in tags:
+            raise DataError(f'{labels} says nothing of image {i!r}: use the annotations, or get another copy.')
     return {i: tags[i] for i in ids}
 
 # %% ../nbs/05_voc.ipynb #c2fa0e84
 def _masks(found, splits, root):  # id -> path of the masks to be linked, number of those converted
     more = sorted({*splits.get('train_aug', ())} - {*splits['train']})
     masks = _there({i: found['voc']/'SegmentationClass'/f'{i}.png' for i in splits['train'] + splits['val']})
-    if found['aug']: masks |= {i: p for i in more if (p := found['aug']/'SegmentationClassAug'/f'{i}.png').is_file()}
+    if found['aug']:
+        masks |= {i: p for i in more if (p := found['aug']/'SegmentationClassAug'/f'{i}.png').is_file()}
     rest = [i for i in more if i not in masks] if found['sbd'] else []
     for i in tqdm(rest, desc="SBD's masks"):
         path = root/'SegmentationClass'/f'{i}.png'
-        if not path.is_file(): write_mask(path, read_sbd_mask(found['sbd']/'cls'/f'{i}.mat'))
+        if not path.is_file():
+            write_mask(path, read_sbd_mask(found['sbd']/'cls'/f'{i}.mat'))
     return masks, len(rest)
 
 # %% ../nbs/05_voc.ipynb #d979d872
@@ -233,7 +278,8 @@ def make_voc(
     labels=None,    # cls_labels.npy to take the tags from, in place of the annotations
 ) -> dict:          # number of images in each split, of masks, and of images outside test that have no tag
     "Make the folder of chapter `00_data` from VOC 2012. Done work is skipped. Raises `DataError` with the file that cannot be used."
-    if labels and not difficult: raise ValueError('labels do not tell which objects are difficult: give labels, or difficult=False, but not both.')
+    if labels and not difficult:
+        raise ValueError('labels do not tell which objects are difficult: give labels, or difficult=False, but not both.')
     root = Path(root)
     found = find_voc([_unpacked(s, root/'originals') for s in sources or download_voc(root/'originals')])
     splits = _splits(found)
@@ -241,6 +287,7 @@ def make_voc(
     tagged = sorted({i for s, ids in splits.items() if s != 'test' for i in ids})
     tags = _tags(found, tagged, difficult, labels)
     masks, converted = _masks(found, splits, root)
-    for s in {*VOC_SIZES} - {*splits}: (root/'ImageSets'/f'{s}.txt').unlink(missing_ok=True)   # of an earlier time, from more sources
+    for s in {*VOC_SIZES} - {*splits}:
+        (root/'ImageSets'/f'{s}.txt').unlink(missing_ok=True)   # of an earlier time, from more sources
     write_folder(root, files, {i: tags.get(i, []) for i in files}, VOC_CLASSES, splits, masks)
     return {s: len(ids) for s, ids in splits.items()} | {'masks': len(masks) + converted, 'without a tag': sum(not tags[i] for i in tagged)}

@@ -15,7 +15,8 @@ def neighbours(
     radius, # pixels nearer than this are neighbours
 ):          # (K, 2) long, (dy, dx), in reading order
     "The offsets from a pixel to its neighbours, one of each pair. Raises `ValueError` for a radius below 1."
-    if radius < 1: raise ValueError(f'radius is {radius}: it should be 1 or more.')
+    if radius < 1:
+        raise ValueError(f'radius is {radius}: it should be 1 or more.')
     side = range(1 - radius, radius)
     near = [(dy, dx) for dy in range(radius) for dx in side if (dy, dx) > (0, 0) and dy*dy + dx*dx < radius*radius]
     return torch.tensor(near, dtype=torch.long).view(-1, 2)
@@ -55,9 +56,13 @@ def random_walk(
     if scores.ndim != 3 or affinity.shape != (K, *scores.shape[1:]):
         raise ValueError(f'scores are {tuple(scores.shape)} and affinities {tuple(affinity.shape)}: '
                          f'for radius {radius} they should be (P, H, W) and ({K}, H, W).')
-    if scores.dtype not in (torch.float32, torch.float64): raise ValueError(f'scores are {scores.dtype}: the walk needs float32 or float64.')
-    if t < 0 or t != int(t): raise ValueError(f't is {t}: it should be a whole number of steps, 0 or more.')
-    if not scores.numel(): return scores.clone()
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'scores are {scores.dtype}: the walk needs float32 or float64.')
+    if t < 0 or t != int(t):
+        raise ValueError(f't is {t}: it should be a whole number of steps, 0 or more.')
+    if not scores.numel():
+        return scores.clone()
     step, m = transition(affinity.to(scores.dtype), radius, beta), scores.flatten(1).t().contiguous()
-    for _ in range(int(t)): m = step @ m
+    for _ in range(int(t)):
+        m = step @ m
     return m.t().reshape(scores.shape)

@@ -19,12 +19,17 @@ def read_weights(
 ):        # state dict: name -> tensor
     "The tensors in a file, without running any code from it. Raises `DataError`."
     path = Path(path)
-    if not path.is_file(): raise DataError(f'{path} is missing: give the path of a weights file.')
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise DataError(f'{path} cannot be read as weights ({str(e).partition(chr(10))[0]}): it is damaged or of another format.') from None
-    if not isinstance(state, dict): raise DataError(f'{path} holds a {type(state).__name__}, not tensors by name: save the state dict of a network.')
+    if not path.is_file():
+        raise DataError(f'{path} is missing: give the path of a weights file.')
+    try:
+        state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise DataError(f'{path} cannot be read as weights ({str(e).partition(chr(10))[0]}): it is damaged or of another format.') from None
+    if not isinstance(state, dict):
+        raise DataError(f'{path} holds a {type(state).__name__}, not tensors by name: save the state dict of a network.')
     for k, v in state.items():
-        if not isinstance(v, torch.Tensor): raise DataError(f'{path} holds a {type(v).__name__} under {k!r}, not a tensor: save the state dict alone.')
+        if not isinstance(v, torch.Tensor):
+            raise DataError(f'{path} holds a {type(v).__name__} under {k!r}, not a tensor: save the state dict alone.')
     return state
 
 # %% ../nbs/09_weights.ipynb #bdb28b9f
@@ -39,11 +44,13 @@ def check_state(
     "Compare names and shapes with a module's. Raises `DataError` with the first that is missing, left over or of another shape."
     own, state = _read(module.state_dict()), _read(state)
     for k in own:
-        if k not in state and k not in may_lack: raise DataError(f'{source} lacks the tensor {k}: it was made for another network.')
+        if k not in state and k not in may_lack:
+            raise DataError(f'{source} lacks the tensor {k}: it was made for another network.')
         if k in state and own[k].shape != state[k].shape:
             raise DataError(f'{source} has {k} as {tuple(state[k].shape)}, this network needs {tuple(own[k].shape)}.')
     for k in state:
-        if k not in own: raise DataError(f'{source} has the tensor {k}, which this network lacks.')
+        if k not in own:
+            raise DataError(f'{source} has the tensor {k}, which this network lacks.')
     return [k for k in own if k not in state]
 
 # %% ../nbs/09_weights.ipynb #82356756
@@ -74,7 +81,8 @@ class _Reader:
 
     def take(self, n):  # the next n bytes
         got = self.file.read(n) if n <= self.left else b''
-        if len(got) < n: self.stop(f'{n} bytes should follow and {self.left} do: it is cut off, damaged, or not a file of MXNet. Fetch it again.')
+        if len(got) < n:
+            self.stop(f'{n} bytes should follow and {self.left} do: it is cut off, damaged, or not a file of MXNet. Fetch it again.')
         self.left -= n
         return bytearray(got)
 
@@ -84,11 +92,15 @@ class _Reader:
 def _shape(r):
     "Sizes of an array of any generation."
     (ndim,), code = r.numbers('I'), 'I'
-    if ndim in (0xF993FAC9, 0xF993FACA) and r.numbers('i') != (0,): r.stop('a sparse array; only dense ones are read.')
-    if ndim in (0xF993FAC8, 0xF993FAC9, 0xF993FACA): (ndim,), code = r.numbers('I'), 'q'
-    if not 1 <= ndim <= 8: r.stop(f'an array of {ndim} dimensions; 1 to 8 are read.')
+    if ndim in (0xF993FAC9, 0xF993FACA) and r.numbers('i') != (0,):
+        r.stop('a sparse array; only dense ones are read.')
+    if ndim in (0xF993FAC8, 0xF993FAC9, 0xF993FACA):
+        (ndim,), code = r.numbers('I'), 'q'
+    if not 1 <= ndim <= 8:
+        r.stop(f'an array of {ndim} dimensions; 1 to 8 are read.')
     shape = r.numbers(f'{ndim}{code}')
-    if min(shape) < 1: r.stop(f'an array of size {shape}.')
+    if min(shape) < 1:
+        r.stop(f'an array of size {shape}.')
     return shape
 
 # %% ../nbs/09_weights.ipynb #e457946f
@@ -98,16 +110,20 @@ def _array(r):
     "A tensor; the device it lived on is ignored."
     shape = _shape(r)
     _, _, kind = r.numbers('3i')
-    if kind not in _TYPES: r.stop(f'element type {kind}; known are 0 to {max(_TYPES)}.')
+    if kind not in _TYPES:
+        r.stop(f'element type {kind}; known are 0 to {max(_TYPES)}.')
     return torch.frombuffer(r.take(math.prod(shape)*_TYPES[kind].itemsize), dtype=_TYPES[kind]).reshape(shape)
 
 # %% ../nbs/09_weights.ipynb #22af9284
 def _names(r, n):
     "As many names as there are arrays, no two the same."
-    if r.numbers('Q') != (n,): r.stop(f'not as many names as arrays ({n}).')
+    if r.numbers('Q') != (n,):
+        r.stop(f'not as many names as arrays ({n}).')
     names = [r.take(r.numbers('Q')[0]).decode(errors='replace') for _ in range(n)]
-    if len(set(names)) < n: r.stop('a name that two arrays have.')
-    if r.left: r.stop(f'{r.left} bytes after the last name.')
+    if len(set(names)) < n:
+        r.stop('a name that two arrays have.')
+    if r.left:
+        r.stop(f'{r.left} bytes after the last name.')
     return names
 
 def read_mxnet(
@@ -115,10 +131,12 @@ def read_mxnet(
 ):        # name, as 'arg:conv1a_weight' -> tensor
     "The arrays in a parameter file of MXNet. Raises `DataError` with the place where it is damaged."
     path = Path(path)
-    if not path.is_file(): raise DataError(f'{path} is missing: give the path of a .params file.')
+    if not path.is_file():
+        raise DataError(f'{path} is missing: give the path of a .params file.')
     with path.open('rb') as file:
         r = _Reader(file, path)
         magic, _, n = r.numbers('3Q')
-        if magic != 0x112: r.stop('not a parameter file of MXNet, which begins with 0x112.')
+        if magic != 0x112:
+            r.stop('not a parameter file of MXNet, which begins with 0x112.')
         arrays = [_array(r) for _ in range(n)]
         return dict(zip(_names(r, n), arrays))

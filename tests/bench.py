@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from ppc.contrast import PAPER, PixelToPrototypeContrast
-from ppc.crf import IRN, Pairwise, mean_field
-from ppc.data import TagFolder, TrainingViews, augmentation, finish, read_image, write_mask
-from ppc.folders import report
-from ppc.mining import share
+from ppc.contrast import PAPER_READING, PixelToPrototypeContrast
+from ppc.crf import CRF_IRN, Pairwise, mean_field
+from ppc.data import TagFolder, TrainingViews, augmentation, finish_batch, read_image, write_mask
+from ppc.folders import folder_report
+from ppc.mining import rounded_share
 from ppc.scenes import CLASSES, scene
 from ppc.views import View
 from ppc.walk import neighbours, random_walk
@@ -26,10 +26,12 @@ def seconds(work, repeats, warm=1):
     "Median, after `warm` calls to warm up."
     taken = []
     for _ in range(repeats + warm):
-        if DEVICE.type == 'cuda': torch.cuda.synchronize()
+        if DEVICE.type == 'cuda':
+            torch.cuda.synchronize()
         began = time.perf_counter()
         work()
-        if DEVICE.type == 'cuda': torch.cuda.synchronize()
+        if DEVICE.type == 'cuda':
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
     return sorted(taken[warm:])[repeats//2]
 
@@ -47,7 +49,8 @@ def loop_view(view, tags, K):
     N, C1, h, w = view.cam.shape
     m = torch.zeros(N, C1, h, w, device=DEVICE)
     for n in range(N):
-        for c in range(1, C1): m[n, c] = view.cam[n, c].detach().relu()/(view.cam[n, c].detach().max().relu() + 1e-5)
+        for c in range(1, C1):
+            m[n, c] = view.cam[n, c].detach().relu()/(view.cam[n, c].detach().max().relu() + 1e-5)
         m[n, 0] = 1 - (m[n, 1:]*tags[n, :, None, None]).amax(0)
     y = torch.zeros(N, h, w, dtype=torch.long, device=DEVICE)
     best = m[:, 0].clone()
@@ -59,7 +62,8 @@ def loop_view(view, tags, K):
     P = {}
     for c in range(C1):
         mine = (y == c).nonzero().flatten()
-        if not len(mine): continue
+        if not len(mine):
+            continue
         weight = m[:, c].flatten()[mine]
         top = weight.argsort(descending=True, stable=True)[:K]
         P[c] = F.normalize((weight[top][:, None]*v[mine[top]]).sum(0)/weight[top].sum(), dim=0)
@@ -80,8 +84,8 @@ def loop_intra(v, y, P, draw, step, tau=.1):
     for positive, c in enumerate(P):
         mine, loss = (y == c).nonzero().flatten(), []
         others = (names != c).nonzero().flatten()
-        n = int(share(torch.tensor(len(others)), .6))
-        keep = int(share(torch.tensor(n), .5))
+        n = int(rounded_share(torch.tensor(len(others)), .6))
+        keep = int(rounded_share(torch.tensor(n), .5))
         own = v[mine] @ rows[positive]
         for some in torch.arange(len(mine), device=DEVICE).split(step):
             s = v[mine[some]] @ rows.t()
@@ -111,8 +115,10 @@ def contrast(step, N=8, D=128, side=16, C=20, K=32):
     def ours():
         rand_like, draw = torch.rand_like, draws_of(1)
         torch.rand_like = lambda x, dtype=None: draw(*x.shape)
-        try: loss = PixelToPrototypeContrast(K, reading=PAPER)(a, b, tags).total
-        finally: torch.rand_like = rand_like
+        try:
+            loss = PixelToPrototypeContrast(K, reading=PAPER_READING)(a, b, tags).total
+        finally:
+            torch.rand_like = rand_like
         return loss.detach(), *gradient(loss)
     def baseline():
         loss = loop(a, b, tags, K, draws_of(1), step)
@@ -126,7 +132,8 @@ def contrast(step, N=8, D=128, side=16, C=20, K=32):
 
 def crf(H=375, W=500, L=4, pairs=7):
     "[Ten steps of mean field against pydensecrf, one core each, call by call in turn], on scenes side by side; [] where it is not installed."
-    if importlib.util.find_spec('pydensecrf') is None: return []
+    if importlib.util.find_spec('pydensecrf') is None:
+        return []
     from pydensecrf import densecrf
     rng = np.random.default_rng(0)
     tiles = [np.dstack(scene(rng)[:2]) for _ in range(12)]
@@ -134,13 +141,13 @@ def crf(H=375, W=500, L=4, pairs=7):
     image, seed = np.ascontiguousarray(both[..., :3]), np.where(rng.random((H, W)) < .2, rng.integers(0, L, (H, W)), both[..., 3] % L)
     unary = -np.log(np.where(np.arange(L)[:, None, None] == seed, .7, .3/(L - 1))).astype(np.float32)
     here, energy = torch.from_numpy(image)[None].to(DEVICE), torch.from_numpy(unary)[None].to(DEVICE)
-    def ours(p=IRN): return mean_field(here, energy, p)[0]
+    def ours(p=CRF_IRN): return mean_field(here, energy, p)[0]
     def baseline():
         field = densecrf.DenseCRF2D(W, H, L)
         field.setUnaryEnergy(unary.reshape(L, -1))
-        field.addPairwiseGaussian(sxy=IRN.smooth_sxy, compat=IRN.smooth_compat)
-        field.addPairwiseBilateral(sxy=IRN.sxy, srgb=IRN.srgb, rgbim=image, compat=IRN.compat)
-        return torch.from_numpy(np.array(field.inference(IRN.iterations)).reshape(L, H, W))
+        field.addPairwiseGaussian(sxy=CRF_IRN.smooth_sxy, compat=CRF_IRN.smooth_compat)
+        field.addPairwiseBilateral(sxy=CRF_IRN.sxy, srgb=CRF_IRN.srgb, rgbim=image, compat=CRF_IRN.compat)
+        return torch.from_numpy(np.array(field.inference(CRF_IRN.iterations)).reshape(L, H, W))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -149,7 +156,8 @@ def crf(H=375, W=500, L=4, pairs=7):
         before, now, lattices = (sorted(column)[pairs//2] for column in zip(*taken))
         return [dict(name='dense CRF against pydensecrf on one core', baseline_s=before, ours_s=now, of_it_lattices_s=lattices, max_abs_diff=(got - want).abs().max().item(),
                      same_label=(got.argmax(0) == want.argmax(0)).double().mean().item(), extra_mb=extra_memory(ours))]
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- the walk, with a dense matrix -------------------------------------------------------------------------------------------
@@ -173,11 +181,13 @@ def walk(name, h, w, channels, beta, rows=None):
     def ours(): return random_walk(scores, affinity, 5, beta, 256)
     def square():
         S = T
-        for _ in range(8): S = S @ S
+        for _ in range(8):
+            S = S @ S
         return S
     taken = seconds(square, 1) if rows is None else seconds(lambda: T[:rows] @ T, 1)*8*len(T)/rows
     want = scores.flatten(1)
-    for _ in range(256): want = want @ T
+    for _ in range(256):
+        want = want @ T
     return dict(name=name, baseline_s=taken, ours_s=seconds(ours, 5), max_abs_diff=(ours().flatten(1) - want).abs().max().item(),
                 dense_mb=T.nbytes/1e6, extra_mb=extra_memory(ours))
 
@@ -185,13 +195,17 @@ def walk(name, h, w, channels, beta, rows=None):
 def extra_memory(work):
     "Peak of what is allocated beyond the inputs, in MB."
     if DEVICE.type == 'cuda':
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before)/2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        work()
     now = peak = 0
     for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
-        now += e.nbytes(); peak = max(peak, now)
+        now += e.nbytes()
+        peak = max(peak, now)
     return peak/2**20
 
 
@@ -220,22 +234,24 @@ def loader():
             data = photographs(Path(folder))
             views, ms, found = TrainingViews(data, augmentation(), edge=768), {}, [None]*len(data)
             steps = {'decode': lambda i, x: data.image(i), **{type(t).__name__: lambda i, x, t=t: t(x) for t in views.transform.transforms},
-                     'finish': lambda i, x: finish(x)}
+                     'finish': lambda i, x: finish_batch(x)}
             for name, step in steps.items():
                 began = time.perf_counter()
                 found = [step(i, x) for i, x in enumerate(found)]
                 ms[f'{name}_ms'] = 1000*(time.perf_counter() - began)/len(data)
             began = time.perf_counter()
-            for k in range(0, len(data), 8): views.__getitems__([(0, i) for i in range(k, k + 8)])
+            for k in range(0, len(data), 8):
+                views.__getitems__([(0, i) for i in range(k, k + 8)])
             loaded = len(data)/(time.perf_counter() - began)
             began = time.perf_counter()
-            report(folder, workers=1)
+            folder_report(folder, workers=1)
             checked = len(data)/(time.perf_counter() - began)
             large = Path(folder)/'large.jpg'
             data.image(0).resize((4000, 3000)).save(large)
             return dict(name='training views of 448 x 448 from JPEGs of 500 x 375, one core', images_per_s=loaded, checked_per_s=checked, **ms,
                         large_ms=1000*seconds(lambda: read_image(large), 5), large_reduced_ms=1000*seconds(lambda: read_image(large, 768), 5))
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def main():
@@ -243,12 +259,15 @@ def main():
     rows = [loader(), contrast(step=1), contrast(step=10**6), *crf(),
             walk('PSA walk (stride 8) against a dense matrix squared 8 times', 47, 63, 4, 8),
             walk('IRN walk (stride 4) against the same, counted up from 1000 rows of the first squaring', 94, 125, 4, 10, rows=1000)]
-    for r in rows[1:]: r['ratio'] = r['baseline_s']/r['ours_s']
+    for r in rows[1:]:
+        r['ratio'] = r['baseline_s']/r['ours_s']
     rows = [{k: v if isinstance(v, str) else float(f'{v:.3g}') for k, v in r.items()} for r in rows]
     path = Path('runs/bench')/f'{re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + '\n')
-    for r in rows: print('   '.join(f'{k} {v}' for k, v in r.items()))
+    for r in rows:
+        print('   '.join(f'{k} {v}' for k, v in r.items()))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -44,7 +44,8 @@ def paper_view(view, tags, K):
     P = {}
     for c in range(C + 1):
         top = least(lambda i: -m[c, i].item(), [i for i in pixels if y[i] == c])[:K]
-        if top and sum(m[c, i] for i in top) > 0: P[c] = unit(sum(m[c, i]*v[i] for i in top)/sum(m[c, i] for i in top))
+        if top and sum(m[c, i] for i in top) > 0:
+            P[c] = unit(sum(m[c, i]*v[i] for i in top)/sum(m[c, i] for i in top))
     return v, y, P
 
 
@@ -108,7 +109,8 @@ def official_intra(v, y, P, tau, chance):
     total = 0
     for c in sorted(set(y)):
         mine, s = [i for i in range(len(v)) if y[i] == c], {}
-        for i in mine: s[i] = [(v[i] @ p).item() for p in P]
+        for i in mine:
+            s[i] = [(v[i] @ p).item() for p in P]
         n = len(mine)
         band = least(lambda i: s[i][c], mine)[:int(.6*n)]
         chosen = least(lambda i: -chance[i].item(), mine)[:n//2] + band[int(.6*n) - n//2:]

@@ -5,10 +5,19 @@ import tracemalloc
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torchvision import models
-from ppc.backbones import ResNet, ResNet38, Timm, load_released, mxnet_to_resnet38, parameter_groups, released
+from ppc.backbones import (
+    ResNet,
+    ResNet38,
+    Timm,
+    load_released,
+    mxnet_to_resnet38,
+    parameter_groups,
+    rename_released,
+)
 from ppc.cam import CamNet
 from ppc.data import DataError
 from ppc.seam import PCM
@@ -21,7 +30,8 @@ def randomise(net, seed=0):
     "Every tensor its own, statistics of batch normalisation included."
     g = torch.Generator().manual_seed(seed)
     for k, v in net.state_dict().items():
-        if v.is_floating_point(): v.copy_(torch.rand(v.shape, generator=g) + .5 if k.endswith('var') else torch.randn(v.shape, generator=g)*.1)
+        if v.is_floating_point():
+            v.copy_(torch.rand(v.shape, generator=g) + .5 if k.endswith('var') else torch.randn(v.shape, generator=g)*.1)
     return net
 
 
@@ -53,16 +63,19 @@ def literal(s, x):
     x = conv('conv1a', x)
     for level, n in (('b2', 3), ('b3', 3), ('b4', 6)):
         x, _ = unit(level, x, stride=2)
-        for u in range(1, n): x, _ = unit(f'{level}_{u}', x)
+        for u in range(1, n):
+            x, _ = unit(f'{level}_{u}', x)
     x, conv4 = unit('b5', x, 1, 1, 2)
-    for u in ('b5_1', 'b5_2'): x, _ = unit(u, x, 1, 2, 2)
+    for u in ('b5_1', 'b5_2'):
+        x, _ = unit(u, x, 1, 2, 2)
     x, conv5 = bottleneck('b6', x)
     return [conv4, conv5, act('bn7', bottleneck('b7', x)[0])]
 
 
 def test_resnet38_is_the_equations(small, image):
     net = randomise(ResNet38(shrink=SMALL)).double().eval()
-    for a, b in zip(net(image.double()), literal(net.state_dict(), image.double())): torch.testing.assert_close(a, b)
+    for a, b in zip(net(image.double()), literal(net.state_dict(), image.double())):
+        torch.testing.assert_close(a, b)
 
 
 def test_resnet38_has_the_authors_size():
@@ -82,7 +95,9 @@ def test_a_step_leaves_the_frozen_parts_alone(image):
     opt = torch.optim.SGD(parameter_groups(net.train(), .1), momentum=.9, weight_decay=.1)
     for _ in range(2):
         maps = net(image)
-        opt.zero_grad(); (maps.cam.square().mean() + maps.embedding.mean()).backward(); opt.step()
+        opt.zero_grad()
+        (maps.cam.square().mean() + maps.embedding.mean()).backward()
+        opt.step()
     after = net.state_dict()
     same = {k for k in after if torch.equal(before[k], after[k])}
     frozen = {k for k in after if re.match(r'backbone\.(conv1a|b2)|.*(\.bn_|\.bn7)', k)}
@@ -105,8 +120,10 @@ MAGIC = {'v1': 0xF993FAC8, 'v2': 0xF993FAC9, 'v3': 0xF993FACA}
 def array_bytes(t, generation='v2', storage=0, shape=None, ndim=None, kind=None):
     shape = tuple(t.shape) if shape is None else shape
     ndim = len(shape) if ndim is None else ndim
-    if generation == 'legacy': head = struct.pack(f'<I{len(shape)}I', ndim, *shape)
-    else: head = struct.pack('<I', MAGIC[generation]) + (b'' if generation == 'v1' else struct.pack('<i', storage)) + struct.pack(f'<I{len(shape)}q', ndim, *shape)
+    if generation == 'legacy':
+        head = struct.pack(f'<I{len(shape)}I', ndim, *shape)
+    else:
+        head = struct.pack('<I', MAGIC[generation]) + (b'' if generation == 'v1' else struct.pack('<i', storage)) + struct.pack(f'<I{len(shape)}q', ndim, *shape)
     return head + struct.pack('<3i', 2, 3, CODES[t.dtype] if kind is None else kind) + t.contiguous().numpy().tobytes()
 
 
@@ -125,7 +142,8 @@ def test_every_generation_and_type_is_read(generation, tmp_path):
     write_params(tmp_path/'a.params', want, generation)
     got = read_mxnet(tmp_path/'a.params')
     assert list(got) == list(want)
-    for k in want: assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k])
+    for k in want:
+        assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k])
     got['arg:torch.float32'] += 1                                  # memory of its own, that may be written to
 
 
@@ -143,9 +161,11 @@ def test_cut_anywhere_is_refused(generation, tmp_path):
     read_mxnet(path)
     for n in range(len(whole)):
         path.write_bytes(whole[:n])
-        with pytest.raises(DataError, match=r'cut\.params at byte \d+'): read_mxnet(path)
+        with pytest.raises(DataError, match=r'cut\.params at byte \d+'):
+            read_mxnet(path)
     path.write_bytes(whole + b'\0')
-    with pytest.raises(DataError, match='1 bytes after the last name'): read_mxnet(path)
+    with pytest.raises(DataError, match='1 bytes after the last name'):
+        read_mxnet(path)
 
 
 BY_MXNET = bytes.fromhex(                                          # what mxnet.nd.save of 1.9.1 wrote
@@ -194,7 +214,8 @@ def test_hostile_files_are_refused(case, tmp_path):
     data, words = HOSTILE[case]
     (tmp_path/'bad.params').write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(DataError, match=words) as e: read_mxnet(tmp_path/'bad.params')
+    with pytest.raises(DataError, match=words) as e:
+        read_mxnet(tmp_path/'bad.params')
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 'bad.params' in str(e.value) and peak < 1e6
@@ -202,7 +223,8 @@ def test_hostile_files_are_refused(case, tmp_path):
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path/'none.params', tmp_path):
-        with pytest.raises(DataError, match='is missing'): read_mxnet(path)
+        with pytest.raises(DataError, match='is missing'):
+            read_mxnet(path)
 
 
 @pytest.fixture(scope='module')
@@ -216,10 +238,13 @@ def flipped(tmp_path_factory):
 def test_damaged_bytes_give_tensors_or_an_error(flipped, flips):
     path, whole = flipped
     data = bytearray(whole)
-    for at, value in flips: data[at % len(data)] = value
+    for at, value in flips:
+        data[at % len(data)] = value
     path.write_bytes(data)
-    try: arrays = read_mxnet(path)
-    except DataError: return
+    try:
+        arrays = read_mxnet(path)
+    except DataError:
+        return
     assert sum(a.numel()*a.element_size() for a in arrays.values()) <= len(whole)
 
 
@@ -231,9 +256,11 @@ def mxnet_names(state):
     for k, v in state.items():
         *where, part = k.split('.')
         end = {'running_mean': 'moving_mean', 'running_var': 'moving_var', 'bias': 'beta'}.get(part)
-        if part == 'num_batches_tracked': continue
+        if part == 'num_batches_tracked':
+            continue
         kind = 'aux' if part.startswith('running') else 'arg'
-        if where[0] in ('conv1a', 'bn7'): new = f"{where[0]}_{end or ('weight' if where[0] == 'conv1a' else 'gamma')}"
+        if where[0] in ('conv1a', 'bn7'):
+            new = f"{where[0]}_{end or ('weight' if where[0] == 'conv1a' else 'gamma')}"
         else:
             unit, (op, branch) = where[0][1:].split('_'), where[1].split('_')
             level = unit[0] + (f'b{unit[1]}' if len(unit) == 2 else 'a')
@@ -246,8 +273,10 @@ def test_resnet38_from_mxnet(small, image, tmp_path):
     head = {'arg:linear1000_weight': torch.randn(1000, 8), 'arg:linear1000_bias': torch.randn(1000)}
     write_params(tmp_path/'r38.params', mxnet_names(small.state_dict()) | head, 'v1')
     net = ResNet38(tmp_path/'r38.params', SMALL).eval()
-    for k, v in small.state_dict().items(): assert torch.equal(net.state_dict()[k], v), k
-    for a, b in zip(net(image), small(image)): torch.testing.assert_close(a, b)
+    for k, v in small.state_dict().items():
+        assert torch.equal(net.state_dict()[k], v), k
+    for a, b in zip(net(image), small(image)):
+        torch.testing.assert_close(a, b)
 
 
 def test_known_names():
@@ -266,7 +295,8 @@ def test_params_that_do_not_fit_are_named(small, spoil, words, tmp_path):
     arrays = mxnet_names(small.state_dict())
     spoil(arrays)
     write_params(tmp_path/'r38.params', arrays)
-    with pytest.raises(DataError, match=words): ResNet38(tmp_path/'r38.params', SMALL)
+    with pytest.raises(DataError, match=words):
+        ResNet38(tmp_path/'r38.params', SMALL)
 
 
 # --- released checkpoints ------------------------------------------------------------------------------------------------
@@ -283,7 +313,8 @@ def as_released(net, projector='fc_proj', prefix='', counters=True):
     state = {}
     for k, v in net.state_dict().items():
         layer, _, part = k.rpartition('.')
-        if counters or part != 'num_batches_tracked': state[f"{prefix}{there.get(layer, layer.removeprefix('backbone.'))}.{part}"] = v
+        if counters or part != 'num_batches_tracked':
+            state[f"{prefix}{there.get(layer, layer.removeprefix('backbone.'))}.{part}"] = v
     return state
 
 
@@ -293,7 +324,8 @@ def test_released_checkpoints_are_loaded(layout, zipped, image, tmp_path):
     net, other = camnet(1), camnet(2)
     torch.save(as_released(net, **layout), tmp_path/'w.pth', _use_new_zipfile_serialization=zipped)
     assert load_released(other, tmp_path/'w.pth') == []
-    for a, b in zip(net(image), other(image)): torch.testing.assert_close(a, b)
+    for a, b in zip(net(image), other(image)):
+        torch.testing.assert_close(a, b)
     backbone = ResNet38(tmp_path/'w.pth', SMALL).eval()
     torch.testing.assert_close(backbone(image)[2], net.backbone(image)[2])
 
@@ -305,7 +337,8 @@ def test_a_last_background_comes_first(image, tmp_path):
     state['fc8.weight'] = torch.cat([w[1:], w[:1]])
     torch.save(state, tmp_path/'w.pth')
     load_released(other, tmp_path/'w.pth', background_last=True)
-    for a, b in zip(net(image), other(image)): torch.testing.assert_close(a, b)
+    for a, b in zip(net(image), other(image)):
+        torch.testing.assert_close(a, b)
 
 
 def test_seam_has_no_projector_and_says_so(image, tmp_path):
@@ -324,32 +357,36 @@ def test_anything_else_missing_is_an_error(gone, tmp_path):
     state = {k: v for k, v in as_released(net).items() if not k.startswith(gone)}
     torch.save(state, tmp_path/'w.pth')
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.raises(DataError, match='lacks the tensor'): load_released(other, tmp_path/'w.pth')
+    with pytest.raises(DataError, match='lacks the tensor'):
+        load_released(other, tmp_path/'w.pth')
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())       # nothing half loaded
 
 
 def test_a_pcm_is_not_dropped_in_silence(tmp_path):
     torch.save(as_released(camnet(1)), tmp_path/'w.pth')
-    with pytest.raises(DataError, match=r'refine\.\S+, which this network lacks'): load_released(camnet(2, pcm=False), tmp_path/'w.pth')
+    with pytest.raises(DataError, match=r'refine\.\S+, which this network lacks'):
+        load_released(camnet(2, pcm=False), tmp_path/'w.pth')
 
 
 def test_names_of_our_own_are_left_alone():
     state = camnet(1).state_dict()
-    once = released(as_released(camnet(1)))
-    assert set(once) == set(state) == set(released(once)) and released({'foo': 1}) == {'backbone.foo': 1}
+    once = rename_released(as_released(camnet(1)))
+    assert set(once) == set(state) == set(rename_released(once)) and rename_released({'foo': 1}) == {'backbone.foo': 1}
 
 
 def test_resnet38_from_its_own_names(small, image, tmp_path):
     from safetensors.torch import save_file
     save_file(small.state_dict(), tmp_path/'w.safetensors')
     torch.testing.assert_close(ResNet38(tmp_path/'w.safetensors', SMALL).eval()(image)[2], small(image)[2])
-    with pytest.raises(DataError, match='this network needs'): ResNet38(tmp_path/'w.safetensors', SMALL//2)
+    with pytest.raises(DataError, match='this network needs'):
+        ResNet38(tmp_path/'w.safetensors', SMALL//2)
 
 
 @pytest.mark.parametrize('content, words', [({'state_dict': {}, 'epoch': 3}, "dict under 'state_dict'"), ([torch.ones(1)], 'holds a list')])
 def test_files_that_are_no_state_dict_are_told(content, words, tmp_path):
     torch.save(content, tmp_path/'w.pth')
-    with pytest.raises(DataError, match=words): read_weights(tmp_path/'w.pth')
+    with pytest.raises(DataError, match=words):
+        read_weights(tmp_path/'w.pth')
 
 
 # --- torchvision ---------------------------------------------------------------------------------------------------------
@@ -383,26 +420,34 @@ def test_torchvision_is_frozen_where_it_should_be():
 
 def test_torchvision_refusals(resnet50, tmp_path):
     with torch.device('meta'):
-        with pytest.raises(ValueError, match='8 or 16, not 32'): ResNet('resnet50', 32)
-        with pytest.raises(ValueError, match='neither resnet50 nor resnet101'): ResNet('resnet18', 8)
-    with pytest.raises(DataError, match='is missing'): ResNet('resnet50', 8, tmp_path/'none.pth')
+        with pytest.raises(ValueError, match='8 or 16, not 32'):
+            ResNet('resnet50', 32)
+        with pytest.raises(ValueError, match='neither resnet50 nor resnet101'):
+            ResNet('resnet18', 8)
+    with pytest.raises(DataError, match='is missing'):
+        ResNet('resnet50', 8, tmp_path/'none.pth')
     torch.save({k: v for k, v in resnet50.state_dict().items() if k != 'layer4.2.conv3.weight'}, tmp_path/'r50.pth')
-    with pytest.raises(DataError, match=r'r50\.pth lacks the tensor layer4\.2\.conv3\.weight'): ResNet('resnet50', 8, tmp_path/'r50.pth')
+    with pytest.raises(DataError, match=r'r50\.pth lacks the tensor layer4\.2\.conv3\.weight'):
+        ResNet('resnet50', 8, tmp_path/'r50.pth')
     (tmp_path/'r50.pth').unlink()
 
 
 def test_hub_weights_run_no_code_and_say_when_unreachable(resnet50, monkeypatch):
     asked = {}
-    def fetch(url, **kw): asked.update(kw); return resnet50.state_dict()
+    def fetch(url, **kw):
+        asked.update(kw)
+        return resnet50.state_dict()
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', fetch)
     net = ResNet('resnet50', 8, 'hub')
     assert asked['weights_only'] and asked['check_hash'] and torch.equal(net.net.conv1.weight, resnet50.conv1.weight)
     def offline(url, **kw): raise OSError('no route')
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
-    with pytest.raises(DataError, match=r'resnet101 could not be fetched \(no route\): connect'): ResNet('resnet101', 8, 'hub')
+    with pytest.raises(DataError, match=r'resnet101 could not be fetched \(no route\): connect'):
+        ResNet('resnet101', 8, 'hub')
 
 
 def test_timm_unreachable_is_told_alike(monkeypatch):
     def offline(*a, **kw): raise OSError('')
     monkeypatch.setattr('timm.models.load_pretrained', offline)
-    with pytest.raises(DataError, match='resnet18 could not be fetched'): Timm('resnet18', 16, 'hub')
+    with pytest.raises(DataError, match='resnet18 could not be fetched'):
+        Timm('resnet18', 16, 'hub')

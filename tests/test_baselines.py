@@ -2,12 +2,13 @@
 import math
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ppc.backbones import Tiny
-from ppc.cam import CamNet, Maps, class_loss, pool
+from ppc.cam import CamNet, Maps, class_loss, masked_average_pool
 from ppc.eps import eps_losses, saliency_estimate, saliency_loss, saliency_losses
 from ppc.seam import PCM, seam_losses
-from ppc.views import draw_transformation, resize
+from ppc.views import random_transformation, resize
 
 quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**20)
@@ -19,7 +20,8 @@ def close(got, want): torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5
 def same_gradients(got, want, leaves):
     "Two scalars have the same gradient at every leaf (none counts as zero)."
     pairs = zip(*[torch.autograd.grad(x, leaves, allow_unused=True, retain_graph=True) if x.requires_grad else [None]*len(leaves) for x in (got, want)])
-    for leaf, (g, w) in zip(leaves, pairs): close(torch.zeros_like(leaf) if g is None else g, torch.zeros_like(leaf) if w is None else w)
+    for leaf, (g, w) in zip(leaves, pairs):
+        close(torch.zeros_like(leaf) if g is None else g, torch.zeros_like(leaf) if w is None else w)
 
 
 # --- SEAM, literally -----------------------------------------------------------------------------------------------------
@@ -49,7 +51,8 @@ def literal_pcm(cam, image, taps, reducers, mix):
             best = max(x[i].item() for x in fg)
             m[0, i] = 1 - best
             for c in range(1, C1):
-                if fg[c-1][i] >= best: m[c, i] = fg[c-1][i]
+                if fg[c-1][i] >= best:
+                    m[c, i] = fg[c-1][i]
         low = [to(t[n].detach(), h).flatten(1) for t in taps]                      # (channels, hw)
         g = mix @ torch.cat([to(image[n], h).flatten(1)] + [(r @ x).clamp(min=0) for r, x in zip(reducers, low)])
         g = torch.stack([v/((v*v).sum().sqrt() + 1e-5) for v in g.T])              # (hw, channels)
@@ -90,7 +93,8 @@ def literal_seam(source, target, sizes, tags, move=None, seen=None):
             cams.append(torch.stack([literal_stretch(cam[c], valid)*l[c] for c in range(C1)]))
             refineds.append(torch.stack([literal_stretch(refined[c], valid)*l[c] for c in range(C1)]))
         cams[0], refineds[0] = move(n, cams[0]), move(n, refineds[0])
-        for c in range(1, C1): er_sum = er_sum + (cams[0][c] - cams[1][c])[seen[n]].abs().sum()
+        for c in range(1, C1):
+            er_sum = er_sum + (cams[0][c] - cams[1][c])[seen[n]].abs().sum()
         er_count += (C1 - 1)*int(seen[n].sum())
         for way, (cam, refined) in enumerate(((cams[1], refineds[0]), (cams[0], refineds[1]))):
             entries = []
@@ -149,7 +153,7 @@ def test_seam_is_the_literal_one(N, C, grids, sizes, seed):
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 5), st.integers(4, 7), st.booleans(), st.sampled_from([0, 20]), st.sampled_from([0, 16]), seeds)
 def test_transformed_seam_is_the_literal_one_over_what_is_seen(N, C, h, size, flip, rotate, translate, seed):
     torch.manual_seed(seed)
-    source, target, tags, a = random_maps(N, C, h), random_maps(N, C, h), random_tags(N, C), draw_transformation(N, 64, flip, rotate, translate)
+    source, target, tags, a = random_maps(N, C, h), random_maps(N, C, h), random_tags(N, C), random_transformation(N, 64, flip, rotate, translate)
     move = lambda n, x: type(a)(a.theta[n:n+1])(x[None], size)[0]
     got = seam_losses(source, target, (6, size), tags, a)
     want = literal_seam(source, target, (6, size), tags, move, a.valid(size)[:, 0])
@@ -163,7 +167,7 @@ def test_transformed_seam_is_the_literal_one_over_what_is_seen(N, C, h, size, fl
 def test_a_transformation_that_does_nothing(N, C, seed):
     torch.manual_seed(seed)
     source, target, tags = random_maps(N, C, 5), random_maps(N, C, 4), random_tags(N, C)
-    plain, still = seam_losses(source, target, (8, 6), tags), seam_losses(source, target, (8, 6), tags, draw_transformation(N, 64))
+    plain, still = seam_losses(source, target, (8, 6), tags), seam_losses(source, target, (8, 6), tags, random_transformation(N, 64))
     for k in plain:
         close(still[k], plain[k])
         same_gradients(still[k], plain[k], [source.cam, source.refined, target.cam, target.refined])
@@ -174,7 +178,7 @@ def test_a_transformation_that_does_nothing(N, C, seed):
 def test_what_is_not_seen_enters_no_loss(N, C, seed):
     "Whatever the target's maps say there, every loss and its gradient is the same, and there is none for what is said there."
     torch.manual_seed(seed)
-    source, tags, a = random_maps(N, C, 6), random_tags(N, C), draw_transformation(N, 64, True, 20, 16)
+    source, tags, a = random_maps(N, C, 6), random_tags(N, C), random_transformation(N, 64, True, 20, 16)
     seen, s = a.valid(8), torch.rand(N, 1, 16, 16, dtype=torch.float64)
     quiet = random_maps(N, C, 8)
     loud = Maps(*(torch.where(seen, x, 100*torch.randn_like(x)).detach().requires_grad_() for x in quiet[:2]), None)
@@ -183,7 +187,9 @@ def test_what_is_not_seen_enters_no_loss(N, C, seed):
         close(losses[0][k], losses[1][k])
         for x, y in ((quiet.cam, loud.cam), (quiet.refined, loud.refined)):
             (g,), (h,) = [torch.autograd.grad(l[k], z, allow_unused=True, retain_graph=True) for l, z in zip(losses, (x, y))]
-            if g is None: assert h is None; continue
+            if g is None:
+                assert h is None
+                continue
             close(g*seen, h*seen)
             assert not h[~seen.expand_as(h)].any()
 
@@ -197,31 +203,38 @@ def small_net(dropout=0.):
 def test_who_learns_what():
     "ER and classification reach backbone and classifier, ECR and min-pooling the PCM alone; the background's classifier row learns from none."
     net, image, tags = small_net(), torch.randn(2, 3, 64, 64), torch.tensor([[1., 0, 1], [0, 1, 0]])
-    for a in (None, draw_transformation(2, 64, True, 20, 8)):
+    for a in (None, random_transformation(2, 64, True, 20, 8)):
         target = net(resize(image, 32) if a is None else a(image, 32))
         terms = seam_losses(net(image), target, (64, 32), tags, a)
         for k, v in terms.items():
-            net.zero_grad(); v.backward(retain_graph=True)
+            net.zero_grad()
+            v.backward(retain_graph=True)
             reached = {name.split('.')[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
             assert reached == ({'backbone', 'classifier'} if k in ('cls', 'er') else {'refine'}), k
-            if k in ('cls', 'er'): assert not net.classifier.weight.grad[0].any()
-            if k in ('ecr', 'min'): assert all(p.grad.any() for p in net.refine.parameters())
+            if k in ('cls', 'er'):
+                assert not net.classifier.weight.grad[0].any()
+            if k in ('ecr', 'min'):
+                assert all(p.grad.any() for p in net.refine.parameters())
 
 
 def test_dropout_feeds_both_heads_the_same():
     "One draw, whole channels, none at test time or by default."
     net, plain, image, seen = small_net(.5).train(), small_net().train(), torch.randn(2, 3, 64, 64), {}
-    for head in ('classifier', 'projector'): getattr(net, head).register_forward_hook(lambda m, x, y, head=head: seen.update({head: x[0]}))
+    for head in ('classifier', 'projector'):
+        getattr(net, head).register_forward_hook(lambda m, x, y, head=head: seen.update({head: x[0]}))
     net(image)
     assert seen['classifier'] is seen['projector']
     last = net.backbone(image)[-1]
     kept = (seen['classifier'] == 2*last).all(-1).all(-1)
     gone = (seen['classifier'] == 0).all(-1).all(-1)
     assert (kept | gone).all() and .3 < (gone & ~kept).float().mean() < .7
-    torch.manual_seed(1); expected = torch.rand(2)
-    torch.manual_seed(1); maps = plain(image)
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    maps = plain(image)
     assert torch.equal(torch.rand(2), expected)            # default: nothing is drawn
-    for x, y in zip(net.eval()(image), maps): close(x, y)
+    for x, y in zip(net.eval()(image), maps):
+        close(x, y)
     assert net.state_dict().keys() == plain.state_dict().keys()
 
 
@@ -230,8 +243,8 @@ def test_class_loss_pools_what_is_seen():
     cam, tags = torch.randn(2, 4, 6, 6), random_tags(2, 3)
     valid = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
     valid[0, :, 2:, 1:4] = True
-    close(pool(cam, valid)[0], cam[0, :, 2:, 1:4].mean((1, 2)))
-    assert not pool(cam, valid)[1].any()
+    close(masked_average_pool(cam, valid)[0], cam[0, :, 2:, 1:4].mean((1, 2)))
+    assert not masked_average_pool(cam, valid)[1].any()
     assert torch.equal(class_loss(cam, tags, None), class_loss(cam, tags))
     close(class_loss(cam, tags, torch.ones_like(valid)), class_loss(cam, tags))
     close(class_loss(cam[:1], tags[:1], valid[:1]), class_loss(cam[:1, :, 2:, 1:4], tags[:1]))
@@ -252,10 +265,12 @@ def literal_saliency(cam, saliency, tags, lam, tau, seen=None):
         fg, bg = [], [0]
         for c in range(1, C1):
             wins, both = sum(round(p[ij][c].item()) for ij in inside), sum(round(p[ij][c].item())*round(s[ij].item()) for ij in inside)
-            if tags[n, c-1] == 1: (fg if inside and both/(wins + 1e-4*len(inside)) > tau else bg).append(c)
+            if tags[n, c-1] == 1:
+                (fg if inside and both/(wins + 1e-4*len(inside)) > tau else bg).append(c)
         e = {ij: lam*sum(p[ij][c] for c in fg) + (1 - lam)*(1 - sum(p[ij][c] for c in bg)) for ij in pixels}
         estimates.append(torch.stack([torch.as_tensor(e[ij]) for ij in pixels]).view(h, w))
-        for ij in inside: total, count = total + (e[ij] - s[ij])**2, count + 1
+        for ij in inside:
+            total, count = total + (e[ij] - s[ij])**2, count + 1
     return estimates, total/max(count, 1)
 
 
@@ -288,7 +303,8 @@ def test_eps_over_what_is_seen(N, C, h, lam, tau, seed):
     seen = torch.rand(N, 1, h, h) < .6
     got, (_, want) = saliency_loss(cam, s, tags, lam, tau, seen), literal_saliency(cam, s, tags, lam, tau, seen)
     close(got, torch.as_tensor(want))
-    if seen.any(): same_gradients(got, want, [cam])
+    if seen.any():
+        same_gradients(got, want, [cam])
 
 
 @quick
@@ -297,13 +313,14 @@ def test_saliency_of_views_and_kinds_of_maps(N, C, two, refined, moved, seed):
     "The mean over the views of the CAMs' loss plus that of the refined maps'; the target's saliency is the source's through A."
     torch.manual_seed(seed)
     source, target, tags, s = random_maps(N, C, 4, refined), random_maps(N, C, 3, refined), random_tags(N, C), saliency_like('soft', N, 10)
-    a = draw_transformation(N, 64, True, 20, 16) if moved else None
+    a = random_transformation(N, 64, True, 20, 16) if moved else None
     got = saliency_losses(source, target if two else None, s, tags, .3, .2, a)
     views = [(source, s, None)] + [(target, a(s, 3) if moved else to(s, 3), a.valid(3) if moved else None)]*two
     want = sum(literal_saliency(m, x, tags, .3, .2, seen)[1] for v, x, seen in views for m in v[:2] if m is not None)/len(views)
     close(got, want)
     same_gradients(got, want, [m for v, *_ in views for m in v[:2] if m is not None])
-    if not moved: close(saliency_losses(source, target if two else None, s, tags, .3, .2, draw_transformation(N, 64)), got)
+    if not moved:
+        close(saliency_losses(source, target if two else None, s, tags, .3, .2, random_transformation(N, 64)), got)
 
 
 def test_eps_terms():
@@ -330,7 +347,8 @@ def test_eps_edges():
     close(saliency_estimate(half, 0*s + 1, torch.ones(1, 1), .3, 0.), torch.zeros(1, 1, 6, 6))
     lone = torch.zeros(1, 2, 6, 6).index_fill_(1, torch.tensor(0), 9.)                                  # one pixel of 36 won, and salient: 1/(1 + 36e-4)
     lone[0, 1, 2, 2] = 20
-    for tau, won in ((.9963, 1), (.9965, 0)): close(saliency_estimate(lone, 0*s + 1, torch.ones(1, 1), 1., tau)[0, 0, 2, 2].round(), torch.tensor(1.*won))
+    for tau, won in ((.9963, 1), (.9965, 0)):
+        close(saliency_estimate(lone, 0*s + 1, torch.ones(1, 1), 1., tau)[0, 0, 2, 2].round(), torch.tensor(1.*won))
     assert saliency_loss(cam, s, every, valid=torch.zeros(1, 1, 6, 6, dtype=torch.bool)) == 0           # nothing seen: nothing lost
 
 
@@ -346,6 +364,7 @@ def test_saliency_teaches_backbone_and_classifier_of_all_channels():
     net, image, tags, s = small_net(), torch.randn(2, 3, 64, 64), torch.tensor([[1., 0, 1], [0, 1, 0]]), torch.rand(2, 1, 64, 64)
     maps = net(image)
     for one, reached in ((maps._replace(refined=None), {'backbone', 'classifier'}), (maps, {'backbone', 'classifier', 'refine'})):
-        net.zero_grad(); saliency_losses(one, None, s, tags).backward(retain_graph=True)
+        net.zero_grad()
+        saliency_losses(one, None, s, tags).backward(retain_graph=True)
         assert {k.split('.')[0] for k, p in net.named_parameters() if p.grad is not None and p.grad.any()} == reached
         assert net.classifier.weight.grad[0].any()

@@ -24,9 +24,11 @@ def no_runs_of_an_earlier_edition(): shutil.rmtree(ROOT/'runs'/'book', ignore_er
 def fresh(tmp_path_factory):
     "The repository's sources, cleaned and exported again."
     root = tmp_path_factory.mktemp('fresh')
-    for name in ('settings.ini', 'pyproject.toml', 'README.md'): shutil.copy(ROOT/name, root)
+    for name in ('settings.ini', 'pyproject.toml', 'README.md'):
+        shutil.copy(ROOT/name, root)
     (root/'nbs').mkdir()
-    for nb in BOOK: shutil.copy(nb, root/'nbs')
+    for nb in BOOK:
+        shutil.copy(nb, root/'nbs')
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     for command in ('nbdev_clean', 'nbdev_export'):
         subprocess.run([Path(sys.executable).parent/command], cwd=root, env=env, check=True)
@@ -34,13 +36,14 @@ def fresh(tmp_path_factory):
 
 
 @pytest.mark.parametrize('nb', BOOK, ids=lambda p: p.stem)
-def test_notebook_is_clean(nb, fresh): assert nb.read_text() == (fresh/'nbs'/nb.name).read_text(), f'run: make export'
+def test_notebook_is_clean(nb, fresh): assert nb.read_text() == (fresh/'nbs'/nb.name).read_text(), 'run: make export'
 
 
 def test_export_is_in_sync(fresh):
     files = {p.name for p in (ROOT/'ppc').glob('*.py')}
     assert files == {p.name for p in (fresh/'ppc').glob('*.py')}
-    for f in files: assert (ROOT/'ppc'/f).read_text() == (fresh/'ppc'/f).read_text(), f'ppc/{f} differs: run make export'
+    for f in files:
+        assert (ROOT/'ppc'/f).read_text() == (fresh/'ppc'/f).read_text(), f'ppc/{f} differs: run make export'
 
 
 def execute(nb):
@@ -57,7 +60,8 @@ TOGETHER = 2  # notebooks
 def executed(request):
     "Those that are asked for, and are on their way."
     wanted = [item.callspec.params['nb'] for item in request.session.items if getattr(item, 'originalname', '') == 'test_notebook_runs']
-    with ThreadPoolExecutor(TOGETHER) as pool: yield {nb: pool.submit(execute, nb) for nb in wanted}
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        yield {nb: pool.submit(execute, nb) for nb in wanted}
 
 
 @pytest.mark.parametrize('nb', BOOK, ids=lambda p: p.stem)
@@ -75,9 +79,11 @@ def test_notebook_reads_well(nb):
     assert any(c['outputs'] for c in code)
     assert len(book['cells']) <= 65 and nb.stat().st_size < 400_000
     assert not re.search(r'/(home|tmp|root|work|opt|Users)/', nb.read_text())
-    for source in exported: assert source.count('\n') < 60
+    for source in exported:
+        assert source.count('\n') < 60
     numbers = {m: p.stem for p in BOOK for m in re.findall(r'#\| default_exp (\w+)', p.read_text())}
-    for module in re.findall(r'from ppc\.(\w+) import', '\n'.join(exported)): assert numbers[module] < nb.stem, module
+    for module in re.findall(r'from ppc\.(\w+) import', '\n'.join(exported)):
+        assert numbers[module] < nb.stem, module
 
 
 def test_parameters_live_once():
@@ -90,7 +96,8 @@ def test_parameters_live_once():
     for group in parameters.GROUPS:
         for l in inspect.getsource(group).splitlines():
             m = line.match(l.strip())
-            if m: want.append((m[1], m[2], re.sub(r'field\(default_factory=lambda: (.*)\)', r'\1', m[3]), m[4]))
+            if m:
+                want.append((m[1], m[2], re.sub(r'field\(default_factory=lambda: (.*)\)', r'\1', m[3]), m[4]))
     own = [f for f in found if f[0] in ('out', 'methods', 'progress')]
     assert [f for f in found if f not in own] == want and len(want) == sum(len(parameters.fields(g)) for g in parameters.GROUPS)
     assert ast.literal_eval(next(f[2] for f in own if f[0] == 'methods')) == list(pipeline.METHODS)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from test_coco import small_coco
+from test_voc import small_voc
 from typer.testing import CliRunner
 from ppc.cli import app, notebook
 from ppc.data import TagFolder, read_mask
 from ppc.pipeline import run
-from ppc.predicting import load
-from ppc.sweeps import name_of
-from test_coco import small_coco
-from test_voc import small_voc
+from ppc.predicting import load_model
+from ppc.sweeps import run_name
 
 QUICK = dict(batch_size=4, crop=64, target=32, resize=[64, 96], k=4, seg_options=dict(batch_size=4, epochs=1, crop=64))
 pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation')
@@ -47,7 +47,8 @@ def test_coco(tmp_path):
 
 
 def test_own_folder_with_masks(scenes, tmp_path):
-    for i in ('val00000', 'val00001'): shutil.copy(scenes/'SegmentationClass'/f'{i}.png', tmp_path/f'{i}.png')
+    for i in ('val00000', 'val00001'):
+        shutil.copy(scenes/'SegmentationClass'/f'{i}.png', tmp_path/f'{i}.png')
     names = ','.join(TagFolder(scenes).classes[1:])
     found = ppc('data', 'folder', tmp_path/'mine', scenes/'JPEGImages', '--tags', scenes/'tags.csv', '--classes', names, '--masks', tmp_path)
     assert found.exit_code == 0 and 'images         20' in found.output and 'masks          2' in found.output
@@ -112,11 +113,12 @@ def test_weights_needed_fetched_converted(tmp_path):
 def test_predict_goes_on_after_a_broken_image(done, scenes, tmp_path):
     folder = tmp_path/'in'
     folder.mkdir()
-    for i in ('val00000', 'val00001'): shutil.copy(scenes/'JPEGImages'/f'{i}.jpg', folder)
+    for i in ('val00000', 'val00001'):
+        shutil.copy(scenes/'JPEGImages'/f'{i}.jpg', folder)
     (folder/'broken.jpg').write_bytes((folder/'val00000.jpg').read_bytes()[:500])
     found = ppc('predict', done, folder, '--out', tmp_path/'out')
     assert found.exit_code == 1 and 'broken.jpg' in found.output and 'segmenter' in found.output
-    assert (read_mask(tmp_path/'out'/'masks'/'val00001.png') == load(done)(Image.open(folder/'val00001.jpg'))).all()
+    assert (read_mask(tmp_path/'out'/'masks'/'val00001.png') == load_model(done)(Image.open(folder/'val00001.jpg'))).all()
     (folder/'broken.jpg').unlink()
     found = ppc('predict', done/'cam', folder, '--out', tmp_path/'cam', '--tag', 'cat', '--no-crf')
     cat = TagFolder(scenes).classes.index('cat')
@@ -134,14 +136,15 @@ def test_sweep_shares_what_runs_have_in_common(tmp_path, monkeypatch):
     Path('common.yaml').write_text(yaml.safe_dump(common))
     found = ppc('sweep', notebook(), '-f', 'common.yaml', '-p', 'k=4,8')
     assert found.exit_code == 0 and found.output == '2 done; they are in runs/50_run\n'
-    for name in ('scenes', 'pretrain'): assert len({Path('runs', '50_run', f'k={k}', name).resolve() for k in (4, 8)}) == 1
+    for name in ('scenes', 'pretrain'):
+        assert len({Path('runs', '50_run', f'k={k}', name).resolve() for k in (4, 8)}) == 1
     assert Path('runs/50_run/k=4/seam+ppc').resolve() != Path('runs/50_run/k=8/seam+ppc').resolve()
     found = ppc('sweep', notebook(), '-f', 'common.yaml', '-p', 'K=4')
     assert found.exit_code == 1 and "did you mean 'k'" in found.stderr
 
 
 def put_run(root, miou, **settings):
-    (root/(name := name_of(settings))).mkdir(parents=True)
+    (root/(name := run_name(settings))).mkdir(parents=True)
     (root/name/'settings.json').write_text(json.dumps(settings))
     (root/name/'metrics.json').write_text(json.dumps({'seed_miou': {settings['methods'][0]: miou}, 'parameters': settings}))
 

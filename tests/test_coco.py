@@ -4,7 +4,8 @@ import zipfile
 from pathlib import Path
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from ppc import coco as module
@@ -23,7 +24,8 @@ def strips(inside):
     polygons = []
     for y, row in enumerate(inside):
         edges = np.flatnonzero(np.diff([0, *row.astype(int), 0]))
-        for l, r in zip(edges[::2].tolist(), edges[1::2].tolist()): polygons.append([l, y, r, y, r, y + 1, l, y + 1])
+        for l, r in zip(edges[::2].tolist(), edges[1::2].tolist()):
+            polygons.append([l, y, r, y, r, y + 1, l, y + 1])
     return polygons
 
 
@@ -31,7 +33,8 @@ def runs(inside):
     "The run-length code of a region, counted pixel by pixel down the columns."
     counts, last = [0], 0
     for v in inside.T.ravel().tolist():
-        if v != last: counts.append(0)
+        if v != last:
+            counts.append(0)
         counts[-1] += 1
         last = v
     return {'size': list(inside.shape), 'counts': counts}
@@ -72,13 +75,16 @@ def small_coco(folder, train=16, val=8, packed=False):
 def _zipped(source, folder):
     path = folder/('annotations_trainval2014.zip' if source.name == 'annotations' else f'{source.name}.zip')
     with zipfile.ZipFile(path, 'w') as z:
-        for f in sorted(source.iterdir()): z.write(f, f'{source.name}/{f.name}')
+        for f in sorted(source.iterdir()):
+            z.write(f, f'{source.name}/{f.name}')
     return path
 
 
 def fails(what, *words):
-    with pytest.raises(DataError) as e: what()
-    for w in words: assert w in str(e.value), str(e.value)
+    with pytest.raises(DataError) as e:
+        what()
+    for w in words:
+        assert w in str(e.value), str(e.value)
 
 
 def files(root): return {p.relative_to(root): p.read_bytes() for p in root.rglob('*') if p.is_file() and 'originals' not in p.parts}
@@ -157,7 +163,8 @@ def by_hand(annotations, number, size):
             flat = [v for k, n in enumerate(a['segmentation']['counts']) for v in [k % 2]*n]
             inside = np.array(flat).reshape(size[::-1]).T
         else:
-            for x0, y0, _, _, x1, y1, _, _ in a['segmentation']: ImageDraw.Draw(board).rectangle([x0, y0, x1 - 1, y1 - 1], fill=1)
+            for x0, y0, _, _, x1, y1, _, _ in a['segmentation']:
+                ImageDraw.Draw(board).rectangle([x0, y0, x1 - 1, y1 - 1], fill=1)
             inside = np.array(board).astype(int)
         boards.append((a, inside, inside.sum()))
     mask = np.zeros(size, int)
@@ -183,7 +190,8 @@ def drawing(draw):
     for k in range(draw(st.integers(0, 6))):
         boxes = draw(st.lists(box(), min_size=1, max_size=3))
         inside = np.zeros((20, 24), int)
-        for x, y, _, _, x1, y1, _, _ in boxes: inside[y:y1, x:x1] = 1
+        for x, y, _, _, x1, y1, _, _ in boxes:
+            inside[y:y1, x:x1] = 1
         rows.append(dict(id=k, image_id=1, category_id=draw(st.sampled_from([1, 5, 90])), iscrowd=int(draw(st.integers(0, 3)) == 0),
                          segmentation=runs(inside) if draw(st.booleans()) else boxes))
     return rows
@@ -213,7 +221,8 @@ def test_slanted_outlines(points):
                 signed.append((dx*(y + .5 - py) - dy*(x + .5 - px))/length)
                 t = np.clip((dx*(x + .5 - px) + dy*(y + .5 - py))/length**2, 0, 1)
                 near.append(np.hypot(px + t*dx - x - .5, py + t*dy - y - .5))
-            if min(near) > 1: assert mask[y, x] == (min(signed) > 0 or max(signed) < 0)
+            if min(near) > 1:
+                assert mask[y, x] == (min(signed) > 0 or max(signed) < 0)
 
 
 def test_parts_of_two_points_enclose_nothing():
@@ -223,7 +232,8 @@ def test_parts_of_two_points_enclose_nothing():
 
 def test_equal_sizes_go_to_the_later_id():
     a, b = (dict(id=i, category_id=i, segmentation=[[x, 0, x + 6, 0, x + 6, 6, x, 6]]) for i, x in ((1, 0), (2, 3)))
-    for rows in ([a, b], [b, a]): assert paint(rows, {1: 1, 2: 2}, (6, 12))[0].tolist() == [1]*3 + [2]*6 + [0]*3
+    for rows in ([a, b], [b, a]):
+        assert paint(rows, {1: 1, 2: 2}, (6, 12))[0].tolist() == [1]*3 + [2]*6 + [0]*3
 
 
 def test_crowds_are_below_everything():
@@ -268,9 +278,11 @@ def test_missing_json(tmp_path): fails(lambda: read_instances(tmp_path/'instance
 def test_a_key_is_missing_or_of_another_kind(sound, table, key):
     tables, read = sound
     for value in (None, [1], 'x', 1.5):
-        if isinstance(value, module.FIELDS[table][key]): continue
+        if isinstance(value, module.FIELDS[table][key]):
+            continue
         tables[table][0] = {**tables[table][0], key: value}
-        if value is None: del tables[table][0][key]
+        if value is None:
+            del tables[table][0][key]
         fails(read, 'instances.json', key)
 
 
@@ -355,7 +367,8 @@ def test_other_categories_in_val(tmp_path):
 
 def test_an_image_of_both_splits(tmp_path):
     run = damaged(tmp_path, lambda t: t['images'][1].update(file_name='COCO_train2014_000000000001.jpg'), 'val')
-    for i in (0, 1): (tmp_path/'original'/'val2014'/f'COCO_train2014_{i:012}.jpg').write_bytes((tmp_path/'original'/'val2014'/f'COCO_val2014_{i:012}.jpg').read_bytes())
+    for i in (0, 1):
+        (tmp_path/'original'/'val2014'/f'COCO_train2014_{i:012}.jpg').write_bytes((tmp_path/'original'/'val2014'/f'COCO_val2014_{i:012}.jpg').read_bytes())
     fails(run, 'COCO_train2014_000000000001', 'train', 'val')
 
 
@@ -370,7 +383,8 @@ def test_the_size_is_not_that_of_the_photograph(tmp_path, size):
     "Nothing is made room for that the photograph does not have."
     def change(tables):
         tables['images'][1].update(size)
-        for a in tables['annotations']: a['segmentation'] = [[1, 1, 9, 1, 9, 9]]
+        for a in tables['annotations']:
+            a['segmentation'] = [[1, 1, 9, 1, 9, 9]]
     fails(damaged(tmp_path, change), 'COCO_train2014_000000000000.jpg', '128x96')
 
 
@@ -389,7 +403,8 @@ def test_a_class_name_that_cannot_be_one(tmp_path):
 
 def test_an_archive_that_leads_out(tmp_path):
     sources, _ = small_coco(tmp_path/'original', 2, 1, packed=True)
-    with zipfile.ZipFile(sources[0], 'a') as z: z.writestr('../../escaped.txt', 'here')
+    with zipfile.ZipFile(sources[0], 'a') as z:
+        z.writestr('../../escaped.txt', 'here')
     fails(lambda: make_coco(tmp_path/'made', sources), 'train2014.zip', 'escaped.txt')
     assert not list(tmp_path.rglob('escaped.txt'))
 

@@ -1,15 +1,23 @@
 "The contrast against both readings written out literally in float64, its properties, its corners, and two processes."
 import math
 from dataclasses import asdict, fields, replace
+import literal
 import pytest
 import torch
 import torch.multiprocessing as mp
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
-import literal
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from ppc import mining
-from ppc.contrast import OFFICIAL, PAPER, READINGS, PixelToPrototypeContrast, Reading, pixels, scaled
+from ppc.contrast import (
+    OFFICIAL_READING,
+    PAPER_READING,
+    READINGS,
+    PixelToPrototypeContrast,
+    Reading,
+    scaled,
+    view_pixels,
+)
 from ppc.views import View
-
 
 # --- both readings, literally ----------------------------------------------------------------------------------------------
 
@@ -29,9 +37,11 @@ def same(got, want, a, b):
     "Every term, and its gradient in both views, to 1e-5."
     for x, y in zip(got, want):
         torch.testing.assert_close(x.double(), y, atol=1e-5, rtol=1e-5)
-        if not y.requires_grad: continue
+        if not y.requires_grad:
+            continue
         grads = [torch.autograd.grad(l, (a.embedding, b.embedding), retain_graph=True, allow_unused=True, materialize_grads=True) for l in (x, y)]
-        for g1, g2 in zip(*grads): torch.testing.assert_close(g1, g2, atol=1e-5, rtol=1e-4)
+        for g1, g2 in zip(*grads):
+            torch.testing.assert_close(g1, g2, atol=1e-5, rtol=1e-4)
 
 
 def untied(views, tags, K, reading):
@@ -40,12 +50,14 @@ def untied(views, tags, K, reading):
     for x in views:
         fg = scaled(x.cam[:, 1:].double(), reading.norm)
         m = torch.cat([1 - (fg*tags[:, :, None, None]).amax(1, keepdim=True), fg], 1).transpose(0, 1).flatten(1)
-        if any(((g > 0) & (g < 3e-7)).any() for g in (m.sort(0).values.diff(dim=0), m.sort(1).values.diff(dim=1))): return False
-    for p in (pixels(x, tags, K, reading) for x in views):
+        if any(((g > 0) & (g < 3e-7)).any() for g in (m.sort(0).values.diff(dim=0), m.sort(1).values.diff(dim=1))):
+            return False
+    for p in (view_pixels(x, tags, K, reading) for x in views):
         s = p.v.double() @ p.proto.p[p.proto.exists].double().t()
         own = (p.v.double()*p.proto.p[p.y].double()).sum(1)
         gaps = [s.sort(1).values.diff(dim=1), *(own[p.y == c].sort().values.diff() for c in p.y.unique())]
-        if any((g < 1e-6).any() for g in gaps): return False
+        if any((g < 1e-6).any() for g in gaps):
+            return False
     return True
 
 
@@ -56,10 +68,10 @@ LAX = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChec
 @given(**shapes)
 def test_paper_is_the_equations(seed, N, C, h, w, D, K):
     a, b, tags = views(seed, N, C, h, w, D)
-    assume(untied((a, b), tags, K, PAPER))
+    assume(untied((a, b), tags, K, PAPER_READING))
     n = N*h*w
     torch.manual_seed(seed)
-    got = PixelToPrototypeContrast(K, reading=PAPER)(a, b, tags)[1:]
+    got = PixelToPrototypeContrast(K, reading=PAPER_READING)(a, b, tags)[1:]
     torch.manual_seed(seed)
     draws = [torch.rand(*size) for size in ((n, C + 1), (n,), (n, C + 1), (n,))]
     same(got, literal.paper(a, b, tags, K, draws), a, b)
@@ -69,9 +81,9 @@ def test_paper_is_the_equations(seed, N, C, h, w, D, K):
 @given(**shapes)
 def test_official_is_the_code(seed, N, C, h, w, D, K):
     a, b, tags = views(seed, N, C, h, w, D)
-    assume(untied((a, b), tags, K, OFFICIAL))
+    assume(untied((a, b), tags, K, OFFICIAL_READING))
     torch.manual_seed(seed)
-    got = PixelToPrototypeContrast(K, reading=OFFICIAL)(a, b, tags)[1:]
+    got = PixelToPrototypeContrast(K, reading=OFFICIAL_READING)(a, b, tags)[1:]
     torch.manual_seed(seed)
     draws = [torch.rand(N*h*w) for _ in range(2)]
     same(got, literal.official(a, b, tags, K, draws), a, b)
@@ -81,7 +93,8 @@ def test_official_is_the_code(seed, N, C, h, w, D, K):
 def test_readings_at_the_paper_s_number_of_classes(name, shape):
     a, b, tags = views(5, *shape[:-1])
     n = shape[0]*shape[2]*shape[3]
-    torch.manual_seed(1); got = PixelToPrototypeContrast(shape[-1], reading=READINGS[name])(a, b, tags)[1:]
+    torch.manual_seed(1)
+    got = PixelToPrototypeContrast(shape[-1], reading=READINGS[name])(a, b, tags)[1:]
     torch.manual_seed(1)
     draws = [torch.rand(*size) for size in (((n, 21), (n,), (n, 21), (n,)) if name == 'paper' else ((n,), (n,)))]
     same(got, getattr(literal, name)(a, b, tags, shape[-1], draws), a, b)
@@ -95,9 +108,11 @@ def test_every_option_matters(field):
         torch.manual_seed(0)
         terms = PixelToPrototypeContrast(6, reading=reading)(a, b, tags)
         return torch.cat([x.flatten() for x in (*terms, *torch.autograd.grad(terms.total, (a.embedding, b.embedding)))])
-    base = replace(PAPER, background='constant') if field == 'level' else PAPER
-    if field in ('absent', 'ranked'): tags[:, 0] = 0; base = replace(PAPER, negatives='band')
-    other = .5 if field == 'level' else asdict(OFFICIAL)[field]
+    base = replace(PAPER_READING, background='constant') if field == 'level' else PAPER_READING
+    if field in ('absent', 'ranked'):
+        tags[:, 0] = 0
+        base = replace(PAPER_READING, negatives='band')
+    other = .5 if field == 'level' else asdict(OFFICIAL_READING)[field]
     assert asdict(base)[field] != other and not torch.allclose(loss(base), loss(replace(base, **{field: other})))
 
 
@@ -105,15 +120,18 @@ def test_official_sees_images_without_the_class():
     "Its prototypes change with the map of a class in an image that lacks it; the paper's do not."
     a, b, tags = views(8, 2, 3, 4, 4, 8)
     tags = torch.tensor([[1., 0, 0], [0, 1, 0]])
-    louder = a.cam.clone(); louder[1, 1] = a.cam[1, 1].flip(0)   # class 1, in the image that has only class 2
-    for reading, changes in ((PAPER, False), (OFFICIAL, True)):
-        p, q = (pixels(View(cam, a.embedding), tags, 4, reading).proto.p[1] for cam in (a.cam, louder))
+    louder = a.cam.clone()
+    louder[1, 1] = a.cam[1, 1].flip(0)   # class 1, in the image that has only class 2
+    for reading, changes in ((PAPER_READING, False), (OFFICIAL_READING, True)):
+        p, q = (view_pixels(View(cam, a.embedding), tags, 4, reading).proto.p[1] for cam in (a.cam, louder))
         assert torch.equal(p, q) != changes
 
 
 def test_unknown_choice_is_refused():
-    with pytest.raises(ValueError, match='rest, constant, lowest'): Reading(background='median')
-    with pytest.raises(TypeError, match='backgruond'): Reading(backgruond='rest')
+    with pytest.raises(ValueError, match='rest, constant, lowest'):
+        Reading(background='median')
+    with pytest.raises(TypeError, match='backgruond'):
+        Reading(backgruond='rest')
 
 
 def literal_mining(similarity, y, exists, draw, hardest=.6, keep=.5):
@@ -151,8 +169,10 @@ def test_hard_pixels_are_those_of_the_text(seed, n, classes):
     draw, want = torch.rand(n), torch.zeros(n)
     for c in range(classes):
         mine = [i for i in range(n) if y[i] == c]
-        for i in sorted(mine, key=lambda i: -draw[i])[:len(mine)//2]: want[i] += 1
-        for i in sorted(mine, key=lambda i: similarity[i])[:len(mine) - len(mine)//2]: want[i] += 1
+        for i in sorted(mine, key=lambda i: -draw[i])[:len(mine)//2]:
+            want[i] += 1
+        for i in sorted(mine, key=lambda i: similarity[i])[:len(mine) - len(mine)//2]:
+            want[i] += 1
     assert got.tolist() == want.tolist()
 
 
@@ -219,14 +239,16 @@ def test_invalid_pixels_take_no_part(name):
 def test_half_precision_is_finite_and_close(name, dtype):
     a, b, tags = views(4, 4, 20, 8, 8, 32)
     half = [View(x.cam.to(dtype), x.embedding.detach().to(dtype).requires_grad_()) for x in (a, b)]
-    with torch.autocast('cpu', dtype): got = total(*half, tags, PLAIN[name])
+    with torch.autocast('cpu', dtype):
+        got = total(*half, tags, PLAIN[name])
     torch.testing.assert_close(got, total(a, b, tags, PLAIN[name]), atol=.05, rtol=.05)
     assert torch.autograd.grad(got, half[0].embedding)[0].isfinite().all()
 
 
 def test_views_on_different_grids_are_refused():
     a, b, tags = views(5, 2, 3, 4, 4, 8)
-    with pytest.raises(ValueError, match='paired_views'): PixelToPrototypeContrast()(a, View(b.cam[..., :3], b.embedding[..., :3]), tags)
+    with pytest.raises(ValueError, match='paired_views'):
+        PixelToPrototypeContrast()(a, View(b.cam[..., :3], b.embedding[..., :3]), tags)
 
 
 def test_no_contrast_is_no_contrast():
@@ -263,22 +285,26 @@ def look(name, process, processes):
         a, b = (View(x.cam[part], x.embedding[part].detach().requires_grad_(), x.valid[part]) for x in (a, b))
         losses = PixelToPrototypeContrast(7, reading=READINGS[name])(a, b, tags[part])
         losses.total.backward()
-        p = pixels(a, tags[part], 7, READINGS[name]).proto
-    finally: torch.rand_like = old
+        p = view_pixels(a, tags[part], 7, READINGS[name]).proto
+    finally:
+        torch.rand_like = old
     return [x.detach() for x in (torch.stack(losses), p.p, p.exists, a.embedding.grad, b.embedding.grad)]
 
 
 def half(rank, port, out):
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    for name in READINGS: torch.save(look(name, rank, 2), f'{out}/{name}{rank}.pt')
+    for name in READINGS:
+        torch.save(look(name, rank, 2), f'{out}/{name}{rank}.pt')
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     "Prototypes, losses and gradients equal those of one process on the joined batch; processes average gradients, hence the half."
     import socket
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     mp.spawn(half, (port, tmp_path), nprocs=2)
     for name in READINGS:
         losses, p, exists, *grads = look(name, 0, 1)
@@ -287,4 +313,5 @@ def test_two_processes_are_one(tmp_path):
             torch.testing.assert_close(part[1], p, atol=1e-6, rtol=0)
             assert (part[2] == exists).all()
         torch.testing.assert_close((parts[0][0] + parts[1][0])/2, losses, atol=1e-6, rtol=1e-6)
-        for i, g in enumerate(grads): torch.testing.assert_close(torch.cat([part[3 + i] for part in parts])/2, g, atol=1e-6, rtol=0)
+        for i, g in enumerate(grads):
+            torch.testing.assert_close(torch.cat([part[3 + i] for part in parts])/2, g, atol=1e-6, rtol=0)

@@ -7,9 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ppc import crf as module
-from ppc.crf import DLP, IRN, PSA, SSC, Pairwise, crf, crf_scores, hard_unary, kernel, lattice, mean_field, smooth, write_masks
+from ppc.crf import (
+    CRF_DLP,
+    CRF_IRN,
+    CRF_PSA,
+    CRF_SSC,
+    Pairwise,
+    crf,
+    crf_scores,
+    hard_unary,
+    lattice,
+    lattice_blur,
+    mean_field,
+    normalised_kernel,
+    write_masks,
+)
 from ppc.data import TagFolder, read_image, read_mask
 from ppc.inference import write_cam
 from ppc.scenes import scene
@@ -59,12 +74,13 @@ def assert_same(image, unary, p):
 def test_scenes_are_as_pydensecrf_has_them(i):
     "All 21 labels, under one preset after the other."
     image, labels = picture(i)
-    assert_same(image, energies(labels, range(21), 21), (IRN, PSA, SSC, DLP)[i % 4])
+    assert_same(image, energies(labels, range(21), 21), (CRF_IRN, CRF_PSA, CRF_SSC, CRF_DLP)[i % 4])
 
 
 def photographs(n=10):
     "Images, and seeds made of their masks where there are masks."
-    if not PHOTOS.is_dir(): pytest.skip('the photographs are not here')
+    if not PHOTOS.is_dir():
+        pytest.skip('the photographs are not here')
     folder = TagFolder(PHOTOS, 'train_masks')
     for i in range(0, len(folder), max(1, len(folder)//n))[:n]:
         mask = np.where(folder.mask(i) == 255, 0, folder.mask(i))
@@ -75,7 +91,7 @@ def test_photographs_are_as_pydensecrf_has_them():
     pytest.importorskip('pydensecrf')
     for image, labels, _ in photographs():
         names = np.unique(labels)
-        assert_same(image, energies(labels, names, max(2, len(names))), IRN)
+        assert_same(image, energies(labels, names, max(2, len(names))), CRF_IRN)
 
 
 def test_labels_and_scores_are_as_pydensecrf_has_them():
@@ -86,11 +102,11 @@ def test_labels_and_scores_are_as_pydensecrf_has_them():
     labels = labels.astype(int)
     labels[40:60, 30:70] = 255
     unary = utils.unary_from_labels(np.where(labels == 255, 0, labels + 1), 21, .7, zero_unsure=True).reshape(21, *labels.shape)
-    assert (crf(image, labels, 21, unsure=255) == theirs(image, unary, IRN).argmax(0)).mean() >= .999
+    assert (crf(image, labels, 21, unsure=255) == theirs(image, unary, CRF_IRN).argmax(0)).mean() >= .999
     scores = np.random.default_rng(0).random((3, 121, 99)).astype(np.float32)*(np.arange(3)[:, None, None] != labels % 3)
     for part in (np.s_[:, :], np.s_[:1, :], np.s_[:, :1], np.s_[:1, :1]):
         some = np.ascontiguousarray(scores[(slice(None), *part)])
-        want = theirs(image[part], utils.unary_from_softmax(some).reshape(some.shape), PSA)
+        want = theirs(image[part], utils.unary_from_softmax(some).reshape(some.shape), CRF_PSA)
         assert abs(crf_scores(image[part], some) - want).mean() <= .001
 
 
@@ -108,11 +124,12 @@ def literal_mean_field(image, unary, p):
     def normal(x): return np.exp(x - x.max(0))/np.exp(x - x.max(0)).sum(0)
     alone = -unary.reshape(L, -1).astype(np.float64)
     q = normal(alone)
-    for _ in range(p.iterations): q = normal(alone + q @ total.T)
+    for _ in range(p.iterations):
+        q = normal(alone + q @ total.T)
     return q.reshape(L, H, W)
 
 
-@pytest.mark.parametrize('p', [IRN, PSA, SSC, DLP], ids=['irn', 'psa', 'ssc', 'dlp'])
+@pytest.mark.parametrize('p', [CRF_IRN, CRF_PSA, CRF_SSC, CRF_DLP], ids=['irn', 'psa', 'ssc', 'dlp'])
 def test_the_lattice_costs_little_beside_every_pair(p):
     "Over pieces of 16x16 of scenes with a noisy seed of four labels: mean |q - q'|, and how many labels are others."
     off, same = [], []
@@ -123,7 +140,8 @@ def test_the_lattice_costs_little_beside_every_pair(p):
         labels = np.where(rng.random((16, 16)) < .2, rng.integers(0, 4, (16, 16)), mask > 0)
         unary = energies(labels, range(4), 4)
         got, want = mean_field(torch.from_numpy(image)[None], unary[None], p)[0].numpy(), literal_mean_field(image, unary.numpy(), p)
-        off.append(abs(got - want).mean()); same.append((got.argmax(0) == want.argmax(0)).mean())
+        off.append(abs(got - want).mean())
+        same.append((got.argmax(0) == want.argmax(0)).mean())
     assert np.mean(off) <= .005 and np.mean(same) >= .99
 
 
@@ -146,8 +164,10 @@ def literal_blur(features, values):
         zero = [(d + 1)*round(c/(d + 1)) for c in y]
         excess = sum(zero)//(d + 1)
         ranking = sorted(range(d + 1), key=lambda k: zero[k] - y[k])     # largest rest first
-        for k in (ranking[d + 1 - excess:] if excess > 0 else []): zero[k] -= d + 1
-        for k in (ranking[:-excess] if excess < 0 else []): zero[k] += d + 1
+        for k in (ranking[d + 1 - excess:] if excess > 0 else []):
+            zero[k] -= d + 1
+        for k in (ranking[:-excess] if excess < 0 else []):
+            zero[k] += d + 1
         ranking = sorted(range(d + 1), key=lambda k: zero[k] - y[k])
         rest = [(y[k] - zero[k])/(d + 1) for k in ranking]
         for r in range(d + 1):                                           # the corner of remainder r: r up, and around for the last r ranks
@@ -170,9 +190,9 @@ def test_lattice_is_the_literal_one(d, n, images, spread, seed):
     g = torch.Generator().manual_seed(seed)
     features = (torch.randn(images, n, d, generator=g)*spread).double()
     values = torch.randn(images*n, 3, generator=g).double()
-    got = smooth(lattice(features), values).view(images, n, 3)
-    once = kernel(features, 2.)
-    for f, v, blurred, scaled in zip(features, values.view(images, n, 3), got, smooth(once, values).view(images, n, 3)):
+    got = lattice_blur(lattice(features), values).view(images, n, 3)
+    once = normalised_kernel(features, 2.)
+    for f, v, blurred, scaled in zip(features, values.view(images, n, 3), got, lattice_blur(once, values).view(images, n, 3)):
         want = literal_blur(f.tolist(), v.tolist())
         np.testing.assert_allclose(blurred, want, atol=1e-4)
         norm = 1/np.sqrt(literal_blur(f.tolist(), np.ones((n, 1)).tolist()))
@@ -182,7 +202,7 @@ def test_lattice_is_the_literal_one(d, n, images, spread, seed):
 # --- properties ------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 20), st.sampled_from([IRN, PSA, DLP]), seeds)
+@given(st.integers(1, 4), st.integers(1, 20), st.sampled_from([CRF_IRN, CRF_PSA, CRF_DLP]), seeds)
 def test_one_absent_label_stands_for_all(present, absent, p, seed):
     rng = np.random.default_rng(seed)
     image = torch.from_numpy(scene(rng)[0][40:88, 40:80].copy())[None]
@@ -206,8 +226,9 @@ def test_only_labels_in_the_picture_take_part():
 def test_a_batch_is_its_pictures():
     images, labels = map(np.stack, zip(*[picture(i) for i in (0, 3, 7)]))
     unary = torch.stack([energies(l, range(7), 7) for l in labels])
-    batch = mean_field(torch.from_numpy(images), unary, PSA)
-    for i in range(3): torch.testing.assert_close(batch[i:i+1], mean_field(torch.from_numpy(images[i:i+1]), unary[i:i+1], PSA), atol=1e-5, rtol=0)
+    batch = mean_field(torch.from_numpy(images), unary, CRF_PSA)
+    for i in range(3):
+        torch.testing.assert_close(batch[i:i+1], mean_field(torch.from_numpy(images[i:i+1]), unary[i:i+1], CRF_PSA), atol=1e-5, rtol=0)
 
 
 def test_labels_have_no_order_and_energies_no_zero():
@@ -246,19 +267,24 @@ def test_grey_is_three_equal_colours():
     (dict(labels=np.full((4, 4), 21)), r'hold 21..21: class numbers are 0..20'), (dict(labels=np.full((4, 4), 255)), 'unsure'), (dict(labels=np.full((4, 4), -1)), 'hold -1'),
     (dict(labels=np.full((4, 4), 256), classes=None), '0..255'), (dict(confidence=0), 'confidence'), (dict(confidence=1.5), 'confidence')])
 def test_wrong_labels(wrong, message):
-    with pytest.raises(ValueError, match=message): crf(**{**dict(image=np.zeros((4, 4, 3), np.uint8), labels=np.eye(4, dtype=int), classes=21), **wrong})
+    with pytest.raises(ValueError, match=message):
+        crf(**{**dict(image=np.zeros((4, 4, 3), np.uint8), labels=np.eye(4, dtype=int), classes=21), **wrong})
 
 
 def test_wrong_scores_sizes_and_settings():
     image = np.zeros((4, 4, 3), np.uint8)
     for shape in ((4, 4), (0, 4, 4), (2, 4, 5)):
-        with pytest.raises(ValueError, match='scores|image'): crf_scores(image, np.zeros(shape))
+        with pytest.raises(ValueError, match='scores|image'):
+            crf_scores(image, np.zeros(shape))
     q = crf_scores(image, np.stack([np.full((4, 4), -1), np.full((4, 4), .5), np.full((4, 4), 2)]), Pairwise(iterations=0))
     np.testing.assert_allclose(q[:, 0, 0], np.array([1e-5, .5, 1])/1.50001, rtol=1e-5)   # clamped, and what is left of them normalised
-    with pytest.raises(ValueError, match='images are'): mean_field(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4))
-    with pytest.raises(ValueError, match='too fine'): mean_field(torch.randint(0, 256, (1, 9, 9, 3), dtype=torch.uint8), torch.zeros(1, 2, 9, 9), Pairwise(srgb=1e-3))
+    with pytest.raises(ValueError, match='images are'):
+        mean_field(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match='too fine'):
+        mean_field(torch.randint(0, 256, (1, 9, 9, 3), dtype=torch.uint8), torch.zeros(1, 2, 9, 9), Pairwise(srgb=1e-3))
     for wrong in (dict(sxy=0), dict(srgb=-1), dict(smooth_sxy=math.nan), dict(compat=-1), dict(iterations=-1)):
-        with pytest.raises(ValueError, match=next(iter(wrong))): Pairwise(**wrong)
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Pairwise(**wrong)
 
 
 # --- a whole split ---------------------------------------------------------------------------------------------------------
@@ -269,13 +295,14 @@ def test_masks_are_the_same_from_one_process_or_two(scenes, tmp_path, monkeypatc
         present = np.unique(folder.mask(i))[1:]
         write_cam(tmp_path/'cams'/f'{name}.npz', np.stack([rough(folder.mask(i), rng) == c for c in present])*.9, present)
     write_masks(folder, tmp_path/'cams', tmp_path/'one', .3, True, 1, classes=7)
-    monkeypatch.setattr(module, 'FEW', 2)
+    monkeypatch.setattr(module, 'MIN_PARALLEL', 2)
     write_masks(folder, tmp_path/'cams', tmp_path/'two', .3, True, 2, classes=7)
-    write_masks(folder, tmp_path/'cams', tmp_path/'other', .3, True, 1, pairwise=SSC)
-    for name in folder.ids: assert (tmp_path/'one'/f'{name}.png').read_bytes() == (tmp_path/'two'/f'{name}.png').read_bytes()
+    write_masks(folder, tmp_path/'cams', tmp_path/'other', .3, True, 1, pairwise=CRF_SSC)
+    for name in folder.ids:
+        assert (tmp_path/'one'/f'{name}.png').read_bytes() == (tmp_path/'two'/f'{name}.png').read_bytes()
     assert any((read_mask(tmp_path/'one'/f'{n}.png') != read_mask(tmp_path/'other'/f'{n}.png')).any() for n in folder.ids)
     n = folder.ids[0]
-    labels = module.seed(*module.read_cam(tmp_path/'cams'/f'{n}.npz'), .3)
+    labels = module.seed_mask(*module.read_cam(tmp_path/'cams'/f'{n}.npz'), .3)
     assert (read_mask(tmp_path/'one'/f'{n}.png') == crf(read_image(folder.files[n]), labels, 7)).all()
 
 
@@ -291,7 +318,9 @@ if __name__ == '__main__': write_each(work, [(Path(sys.argv[1])/f'{i}.pid',) for
     parent = subprocess.Popen([sys.executable, tmp_path/'parent.py', tmp_path], stderr=subprocess.DEVNULL)
     def until(true, seconds=60):
         end = time.time() + seconds
-        while not true(): assert time.time() < end; time.sleep(.1)
+        while not true():
+            assert time.time() < end
+            time.sleep(.1)
     def workers(): return [int(text) for f in tmp_path.glob('*.pid') if (text := f.read_text())]
     def lives(pid): return Path(f'/proc/{pid}').exists() and 'Z' not in Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
     until(lambda: len(workers()) == 2)

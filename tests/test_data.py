@@ -7,18 +7,32 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
-from ppc.data import DataError, TagFolder, TrainingViews, augmentation, check, read_classes, read_image, read_mask, read_saliency, write_mask
+from ppc.data import (
+    DataError,
+    TagFolder,
+    TrainingViews,
+    augmentation,
+    check,
+    read_classes,
+    read_image,
+    read_mask,
+    read_saliency,
+    write_mask,
+)
 from ppc.training import Batches
 
 
 def fails(what, *words):
     "The call raises a `DataError` that says all the words."
-    with pytest.raises(DataError) as e: what()
-    for w in words: assert w in str(e.value), str(e.value)
+    with pytest.raises(DataError) as e:
+        what()
+    for w in words:
+        assert w in str(e.value), str(e.value)
 
 
 def edit(path, old, new): path.write_text(path.read_text().replace(old, new))
@@ -123,7 +137,8 @@ def test_worker_count_changes_nothing(scenes):
     views = TrainingViews(TagFolder(scenes), augmentation((96, 160), 112), seed=3)
     a, b = (list(DataLoader(views, batch_sampler=Batches(16, 4, 2, seed=3), num_workers=n)) for n in (0, 2))
     assert len(a) == len(b) == 8
-    for x, y in zip(a, b): assert all(torch.equal(x[k], y[k]) for k in ('image', 'tags', 'index'))
+    for x, y in zip(a, b):
+        assert all(torch.equal(x[k], y[k]) for k in ('image', 'tags', 'index'))
 
 
 def test_mask_follows_its_image(mine):
@@ -204,13 +219,15 @@ def test_saliency_and_mask_leave_the_image_as_it_is(scenes):
     "The same draws with or without companions, and they come through a loader's workers."
     folder, transform = TagFolder(scenes), augmentation((96, 160), 112)
     alone, along = TrainingViews(folder, transform), TrainingViews(folder, transform, masks=scenes/'SegmentationClass', saliency=True)
-    for key in [(0, 0), (3, 7)]: assert torch.equal(alone[key]['image'], along[key]['image'])
+    for key in [(0, 0), (3, 7)]:
+        assert torch.equal(alone[key]['image'], along[key]['image'])
     batch = next(iter(DataLoader(along, batch_sampler=Batches(16, 4, 1), num_workers=1)))
     assert batch['saliency'].shape == (4, 1, 112, 112) and type(batch['saliency']) is torch.Tensor
     assert ((batch['saliency'] > .5) == (batch['mask'] % 255 > 0)[:, None]).float().mean() > .9
     assert batch['image'].dtype == torch.uint8
     whole = along.finish(batch)['image']
-    for x, i, key in zip(whole, batch['index'].tolist(), next(iter(Batches(16, 4, 1)))): assert key[1] == i and torch.equal(x, along[key]['image'])   # one by one the same
+    for x, i, key in zip(whole, batch['index'].tolist(), next(iter(Batches(16, 4, 1)))):
+        assert key[1] == i and torch.equal(x, along[key]['image'])   # one by one the same
 
 
 # Photographs as people have them. Colours are compared with what was painted, within what JPEG loses.
@@ -369,12 +386,15 @@ for fmt, im in {'JPEG': painted(), 'PNG': painted().convert('LA'), 'GIF': painte
 def test_damaged_files_are_read_or_named(tmp_path_factory, fmt, changes, length):
     "Whatever bytes change or are missing: a picture, or a `DataError` with the file's name. Nothing else comes out."
     data = bytearray(SAMPLES[fmt])
-    for at, value in changes: data[at % len(data)] = value
+    for at, value in changes:
+        data[at % len(data)] = value
     path = tmp_path_factory.getbasetemp()/'damaged.png'
     path.write_bytes(data[:length])
     for read in (read_image, read_mask, read_saliency):
-        try: read(path)
-        except DataError as e: assert str(path) in str(e)
+        try:
+            read(path)
+        except DataError as e:
+            assert str(path) in str(e)
 
 
 @pytest.mark.parametrize('mode, message', [('RGBA', 'colour'), ('LA', 'colour'), ('CMYK', 'cannot be read')])
@@ -409,7 +429,8 @@ def test_a_folder_and_a_broken_link_among_the_images(mine):
 def test_names_with_spaces(mine):
     "And commas, which a spreadsheet puts in quotation marks."
     new = lambda name: name.replace('train', 'my photo, no. ')
-    for old in (mine/'JPEGImages').iterdir(): old.rename(old.with_name(new(old.name)))
+    for old in (mine/'JPEGImages').iterdir():
+        old.rename(old.with_name(new(old.name)))
     rows = [l.split(',') for l in (mine/'tags.csv').read_text().splitlines()]
     (mine/'tags.csv').write_text('\n'.join(f'"{new(name)}",{tags}' for name, tags in rows))
     (mine/'ImageSets'/'train.txt').write_text(new((mine/'ImageSets'/'train.txt').read_text()))
@@ -435,8 +456,10 @@ def test_windows_text_files(mine):
     "Byte-order mark and line ends in all three; ids with their ending; columns parted by semicolons; rows of nothing but separators."
     for f in (mine/'classes.txt', mine/'tags.csv', *(mine/'ImageSets').glob('*.txt')):
         lines = f.read_text().splitlines()
-        if f.suffix == '.csv': lines = [l.replace(',', ';') for l in lines] + [';', '', ' ; ']
-        elif f.parent.name == 'ImageSets': lines = [f'{l}.jpg' if k % 2 else f'{l}.JPG' for k, l in enumerate(lines)] + ['', '']
+        if f.suffix == '.csv':
+            lines = [l.replace(',', ';') for l in lines] + [';', '', ' ; ']
+        elif f.parent.name == 'ImageSets':
+            lines = [f'{l}.jpg' if k % 2 else f'{l}.JPG' for k, l in enumerate(lines)] + ['', '']
         f.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
     folder = TagFolder(mine)
     assert len(folder) == 16 and folder.ids[0] == 'train00000' and folder.tags.sum() > 0

@@ -9,14 +9,42 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from ppc import deeplab as module
 from ppc.backbones import ResNet, ResNet38, Timm, Tiny
-from ppc.data import DataError, TagFolder, TrainingViews, augmentation, normalise, read_mask, voc_palette, write_mask
-from ppc.deeplab import (ASPP, DLP, R38, RECIPES, SSC, SSC_ASPP, ConcatASPP, DeepLab, LargeFOV, Recipe, check_archive, deeplab, export, predict, recipe_groups,
-                         segmentation_loss, voc_archive, write_predictions)
+from ppc.data import (
+    DataError,
+    TagFolder,
+    TrainingViews,
+    augmentation,
+    normalise,
+    read_mask,
+    voc_palette,
+    write_mask,
+)
+from ppc.deeplab import (
+    ASPP,
+    RECIPE_DLP,
+    RECIPE_R38,
+    RECIPE_SSC,
+    RECIPE_SSC_ASPP,
+    RECIPES,
+    ConcatASPP,
+    DeepLab,
+    LargeFOV,
+    Recipe,
+    check_archive,
+    deeplab,
+    export,
+    predict,
+    recipe_groups,
+    segmentation_loss,
+    voc_archive,
+    write_predictions,
+)
 from ppc.training import fit
 
 quick = settings(max_examples=25, deadline=None)
@@ -37,7 +65,8 @@ def literal_conv(x, conv):
         for z in range(w):
             for a, dy in enumerate(taps):
                 for b, dz in enumerate(taps):
-                    if 0 <= y + dy < h and 0 <= z + dz < w: out[:, y, z] += weight[:, :, a, b] @ x[:, y + dy, z + dz]
+                    if 0 <= y + dy < h and 0 <= z + dz < w:
+                        out[:, y, z] += weight[:, :, a, b] @ x[:, y + dy, z + dz]
     return out + conv.bias[:, None, None]
 
 
@@ -51,8 +80,10 @@ def literal_block(x, block):
 
 
 def literal_head(x, head):
-    if isinstance(head, LargeFOV): return literal_conv(literal_block(literal_block(x, head[0]), head[1]), head[3])
-    if isinstance(head, ASPP): return sum(literal_conv(x, b) for b in head.branches)
+    if isinstance(head, LargeFOV):
+        return literal_conv(literal_block(literal_block(x, head[0]), head[1]), head[3])
+    if isinstance(head, ASPP):
+        return sum(literal_conv(x, b) for b in head.branches)
     mean = torch.stack([sum(row.sum() for row in c)/c.numel() for c in x])[:, None, None]
     parts = [literal_block(x, b) for b in head.branches] + [literal_block(mean, head.pooled).expand(-1, *x.shape[1:])]
     return literal_conv(literal_block(torch.cat(parts), head.mix[0]), head.mix[2])
@@ -65,8 +96,11 @@ def test_heads_are_the_literal_ones(kind, norm, dilation, size, seed):
     torch.manual_seed(seed)
     head = (ASPP(3, 4, dilation) if kind is ASPP else kind(3, 4, 5, dilation, norm)).double().eval()
     for m in head.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2)
-        if isinstance(m, nn.Conv2d): m.bias.normal_()
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(.5, 2)
+        if isinstance(m, nn.Conv2d):
+            m.bias.normal_()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     close(head(x), torch.stack([literal_head(one, head) for one in x]))
 
@@ -76,9 +110,10 @@ def test_dilations():
     found = lambda net: [m.dilation[0] for m in net.head.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     for stride, pyramid in ((8, [6, 12, 18, 24]), (16, [3, 6, 9, 12])):
         backbone = Timm('test_efficientnet', 16) if stride == 16 else Tiny()
-        assert found(deeplab(backbone, 5, replace(SSC, width=8))) == [pyramid[1]]
-        for recipe in (DLP, SSC_ASPP): assert found(deeplab(backbone, 5, replace(recipe, width=8))) == pyramid
-    assert found(deeplab(backbone, 5, replace(DLP, dilation=1))) == [1, 1, 1, 2]
+        assert found(deeplab(backbone, 5, replace(RECIPE_SSC, width=8))) == [pyramid[1]]
+        for recipe in (RECIPE_DLP, RECIPE_SSC_ASPP):
+            assert found(deeplab(backbone, 5, replace(recipe, width=8))) == pyramid
+    assert found(deeplab(backbone, 5, replace(RECIPE_DLP, dilation=1))) == [1, 1, 1, 2]
 
 
 def literal_bilinear(x, size):
@@ -89,7 +124,8 @@ def literal_bilinear(x, size):
             p = i*(n - 1)/(out - 1) if out > 1 else 0.
             k = min(int(p), max(n - 2, 0))
             m[i, k] += 1 - (p - k)
-            if n > 1: m[i, k + 1] += p - k
+            if n > 1:
+                m[i, k + 1] += p - k
         return m
     return weights(x.shape[1], size[0]) @ x @ weights(x.shape[2], size[1]).T
 
@@ -101,7 +137,8 @@ def literal_loss(logits, mask, full):
         for y in range(up.shape[1]):
             for x in range(up.shape[2]):
                 c = int(mask[n, y, x] if full else mask[n, int((y + .5)*H/h), int((x + .5)*W/w)])
-                if c == 255: continue
+                if c == 255:
+                    continue
                 total, count = total + torch.log(sum(torch.exp(v) for v in up[:, y, x])) - up[c, y, x], count + 1
     return total/max(count, 1)
 
@@ -124,7 +161,8 @@ def test_the_loss_is_the_literal_one(N, classes, small, big, full, unknown, seed
 def test_a_list_of_logits_has_the_sum_of_their_losses():
     torch.manual_seed(0)
     maps, mask = [torch.randn(2, 3, s, s) for s in (8, 6, 4)], torch.randint(0, 3, (2, 20, 20))
-    for full in (True, False): close(segmentation_loss(maps, mask, full), sum(segmentation_loss(m, mask, full) for m in maps))
+    for full in (True, False):
+        close(segmentation_loss(maps, mask, full), sum(segmentation_loss(m, mask, full) for m in maps))
 
 
 # --- batch normalisation -------------------------------------------------------------------------------------------------
@@ -141,7 +179,8 @@ def test_batchnorm_modes(mode, make):
     net = DeepLab(backbone, LargeFOV(backbone.channels[-1], 3, 8, norm=True), mode, momentum=.01)
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     inputs = {}
-    for m in norms: m.register_forward_hook(lambda m, x, y: inputs.update({m: x[0].detach()}))
+    for m in norms:
+        m.register_forward_hook(lambda m, x, y: inputs.update({m: x[0].detach()}))
     image = torch.randn(3, 3, 48, 40)
     for _ in range(2):
         before, head = statistics(backbone), statistics(net.head)
@@ -164,10 +203,11 @@ def test_batchnorm_modes(mode, make):
 
 def test_what_a_normalised_head_needs():
     "More than one image a batch for the mean of the map, in training; at test time none."
-    net = deeplab(Tiny(), 3, replace(SSC_ASPP, width=8))
-    with pytest.raises(ValueError, match='more than 1 value'): net(torch.randn(1, 3, 32, 32))
+    net = deeplab(Tiny(), 3, replace(RECIPE_SSC_ASPP, width=8))
+    with pytest.raises(ValueError, match='more than 1 value'):
+        net(torch.randn(1, 3, 32, 32))
     assert net.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3, 4, 4)
-    assert deeplab(Tiny(), 3, replace(SSC_ASPP, width=8, norm=False))(torch.randn(1, 3, 32, 32)).isfinite().all()
+    assert deeplab(Tiny(), 3, replace(RECIPE_SSC_ASPP, width=8, norm=False))(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
 # --- several sizes of the input ------------------------------------------------------------------------------------------
@@ -183,12 +223,14 @@ def test_the_largest_logit_of_all_sizes_wins():
     best = torch.stack([torch.stack([literal_bilinear(i.double(), maps[0].shape[2:]) for i in m]) for m in maps]).amax(0)
     got = net(image)
     assert len(got) == 4
-    for g, w in zip(got, [*maps, best]): torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4, check_dtype=False)
+    for g, w in zip(got, [*maps, best]):
+        torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4, check_dtype=False)
     loss = segmentation_loss(got, mask, full=False)
     close(loss, sum(segmentation_loss(g, mask, full=False) for g in got))
     loss.backward()
     assert all(p.grad.any() for p in net.parameters())
-    with torch.no_grad(): torch.testing.assert_close(net.eval()(image), best, atol=1e-4, rtol=1e-4, check_dtype=False)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(image), best, atol=1e-4, rtol=1e-4, check_dtype=False)
 
 
 # --- recipes -------------------------------------------------------------------------------------------------------------
@@ -209,26 +251,29 @@ def test_every_learned_parameter_is_in_one_group(name):
 
 def test_recipes_say_what_their_sources_say():
     "Section 11 of the facts, typed again."
-    assert (SSC.lr, SSC.crop, SSC.resize, SSC.epochs, SSC.batch_size, SSC.batchnorm, SSC.bn_momentum) == (1e-3, 448, (.5, 1.5), 18.9, 10, 'batch', 3e-4)
-    assert (SSC.head, SSC.width, SSC.dilation, SSC.norm, SSC.full, SSC.msc) == ('largefov', 512, 12, True, True, ())
-    assert (SSC_ASPP.head, SSC_ASPP.width, SSC_ASPP.lr) == ('aspp-concat', 256, 1e-3)
-    assert (DLP.head, DLP.lr, DLP.crop, DLP.batchnorm, DLP.msc, DLP.full, DLP.bias_decay) == ('aspp', 2.5e-4, 321, 'frozen', (.5, .75), False, False)
-    assert (R38.lr, R38.crop, R38.resize, R38.batch_size, R38.msc) == (8e-4, 512, (.5, 2), 6, (.5, .75))
-    assert (SSC.pairwise.iterations, SSC.pairwise.sxy, SSC.pairwise.srgb, SSC.pairwise.compat) == (1, 32, 13, 10)
-    assert (DLP.pairwise.iterations, DLP.pairwise.sxy, DLP.pairwise.srgb, DLP.pairwise.compat, DLP.pairwise.smooth_sxy, DLP.pairwise.smooth_compat) == (10, 67, 3, 4, 1, 3)
+    assert (RECIPE_SSC.lr, RECIPE_SSC.crop, RECIPE_SSC.resize, RECIPE_SSC.epochs, RECIPE_SSC.batch_size, RECIPE_SSC.batchnorm, RECIPE_SSC.bn_momentum) == (1e-3, 448, (.5, 1.5), 18.9, 10, 'batch', 3e-4)
+    assert (RECIPE_SSC.head, RECIPE_SSC.width, RECIPE_SSC.dilation, RECIPE_SSC.norm, RECIPE_SSC.full, RECIPE_SSC.msc) == ('largefov', 512, 12, True, True, ())
+    assert (RECIPE_SSC_ASPP.head, RECIPE_SSC_ASPP.width, RECIPE_SSC_ASPP.lr) == ('aspp-concat', 256, 1e-3)
+    assert (RECIPE_DLP.head, RECIPE_DLP.lr, RECIPE_DLP.crop, RECIPE_DLP.batchnorm, RECIPE_DLP.msc, RECIPE_DLP.full, RECIPE_DLP.bias_decay) == ('aspp', 2.5e-4, 321, 'frozen', (.5, .75), False, False)
+    assert (RECIPE_R38.lr, RECIPE_R38.crop, RECIPE_R38.resize, RECIPE_R38.batch_size, RECIPE_R38.msc) == (8e-4, 512, (.5, 2), 6, (.5, .75))
+    assert (RECIPE_SSC.pairwise.iterations, RECIPE_SSC.pairwise.sxy, RECIPE_SSC.pairwise.srgb, RECIPE_SSC.pairwise.compat) == (1, 32, 13, 10)
+    assert (RECIPE_DLP.pairwise.iterations, RECIPE_DLP.pairwise.sxy, RECIPE_DLP.pairwise.srgb, RECIPE_DLP.pairwise.compat, RECIPE_DLP.pairwise.smooth_sxy, RECIPE_DLP.pairwise.smooth_compat) == (10, 67, 3, 4, 1, 3)
 
 
 @pytest.mark.parametrize('wrong', [{'head': 'deeplab'}, {'batchnorm': 'train'}])
 def test_an_unknown_choice(wrong):
-    with pytest.raises(ValueError, match=f'{next(iter(wrong))} is .* choose from'): replace(SSC, **wrong)
-    with pytest.raises(ValueError, match="batchnorm is 'train'"): DeepLab(Tiny(), ASPP(96, 3), 'train')
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))} is .* choose from'):
+        replace(RECIPE_SSC, **wrong)
+    with pytest.raises(ValueError, match="batchnorm is 'train'"):
+        DeepLab(Tiny(), ASPP(96, 3), 'train')
 
 
 def test_training_where_little_is_known(mine, tmp_path):
     "Through the one loop: a mask all unknown, and classes that no mask shows."
     data = TagFolder(mine)
-    for n, i in enumerate(data.ids): write_mask(tmp_path/'masks'/f'{i}.png', np.full(data.mask(n).shape, 255 if n % 2 else 3))
-    r = replace(SSC_ASPP, width=16, dilation=4, batch_size=4, epochs=1, crop=61)
+    for n, i in enumerate(data.ids):
+        write_mask(tmp_path/'masks'/f'{i}.png', np.full(data.mask(n).shape, 255 if n % 2 else 3))
+    r = replace(RECIPE_SSC_ASPP, width=16, dilation=4, batch_size=4, epochs=1, crop=61)
     net = deeplab(Tiny(), len(data.classes), r)
     seen = []
     losses = lambda m, b: seen.append((segmentation_loss(m(b['image']), b['mask'], r.full), (b['mask'] != 255).any())) or {'ce': seen[-1][0]}
@@ -244,13 +289,14 @@ def test_training_where_little_is_known(mine, tmp_path):
 def oddly(mine):
     "Scenes of which one is a single pixel, one 13x7 and one 7x13."
     data = TagFolder(mine)
-    for i, size in zip(data.ids, ((1, 1), (13, 7), (7, 13))): data.image(0).resize(size).save(data.files[i])
+    for i, size in zip(data.ids, ((1, 1), (13, 7), (7, 13))):
+        data.image(0).resize(size).save(data.files[i])
     return data
 
 
 def test_predictions_are_the_mean_of_logits(oddly, tmp_path):
     torch.manual_seed(0)
-    net, scales = deeplab(Tiny(), 7, replace(SSC, width=8, dilation=2)), (.5, 1.25)
+    net, scales = deeplab(Tiny(), 7, replace(RECIPE_SSC, width=8, dilation=2)), (.5, 1.25)
     write_predictions(net, oddly, tmp_path, scales)
     for n, i in enumerate(oddly.ids[:6]):
         picture = oddly.image(n)
@@ -259,17 +305,19 @@ def test_predictions_are_the_mean_of_logits(oddly, tmp_path):
         for s in scales:
             x = literal_bilinear(normalise(picture).double(), (max(1, round(s*H)), max(1, round(s*W)))).float()
             for mirrored in (False, True):
-                with torch.no_grad(): l = literal_bilinear(net.eval()((x.flip(-1) if mirrored else x)[None])[0].double(), (H, W))
+                with torch.no_grad():
+                    l = literal_bilinear(net.eval()((x.flip(-1) if mirrored else x)[None])[0].double(), (H, W))
                 total += l.flip(-1) if mirrored else l
         got = read_mask(tmp_path/f'{i}.png')
         best, second = total.topk(2, 0).values
         sure = (best - second > 1e-3).numpy()
         assert got.shape == (H, W) and (got == total.argmax(0).numpy())[sure].all() and sure.mean() > .95
-    with Image.open(tmp_path/f'{i}.png') as im: assert im.mode == 'P' and np.array_equal(np.reshape(im.getpalette(), (-1, 3)), voc_palette())
+    with Image.open(tmp_path/f'{i}.png') as im:
+        assert im.mode == 'P' and np.array_equal(np.reshape(im.getpalette(), (-1, 3)), voc_palette())
 
 
 def test_predictions_go_on_where_they_stopped(scenes, tmp_path):
-    data, net = TagFolder(scenes, 'val'), deeplab(Tiny(), 7, replace(SSC, width=8))
+    data, net = TagFolder(scenes, 'val'), deeplab(Tiny(), 7, replace(RECIPE_SSC, width=8))
     write_mask(tmp_path/f'{data.ids[0]}.png', np.full((2, 2), 9))
     write_predictions(net, data, tmp_path, (1,))
     assert read_mask(tmp_path/f'{data.ids[0]}.png').shape == (2, 2)
@@ -283,11 +331,12 @@ def test_the_crf_gets_the_softmax(monkeypatch, oddly, tmp_path):
         seen.append((image.shape[:2] == scores.shape[1:], image.dtype, abs(scores.sum(0) - 1).max(), pairwise))
         return np.roll(scores, 1, 0)
     monkeypatch.setattr(module, 'crf_scores', crf)
-    net = deeplab(Tiny(), 7, replace(SSC, width=8))
+    net = deeplab(Tiny(), 7, replace(RECIPE_SSC, width=8))
     write_predictions(net, oddly, tmp_path/'plain', (1,))
-    write_predictions(net, oddly, tmp_path/'crf', (1,), pairwise=DLP.pairwise)
-    assert len(seen) == len(oddly) and all(s[0] and s[1] == np.uint8 and s[2] < 1e-5 and s[3] == DLP.pairwise for s in seen)
-    for i in oddly.ids: assert (read_mask(tmp_path/'crf'/f'{i}.png') == (read_mask(tmp_path/'plain'/f'{i}.png') + 1) % 7).all()
+    write_predictions(net, oddly, tmp_path/'crf', (1,), pairwise=RECIPE_DLP.pairwise)
+    assert len(seen) == len(oddly) and all(s[0] and s[1] == np.uint8 and s[2] < 1e-5 and s[3] == RECIPE_DLP.pairwise for s in seen)
+    for i in oddly.ids:
+        assert (read_mask(tmp_path/'crf'/f'{i}.png') == (read_mask(tmp_path/'plain'/f'{i}.png') + 1) % 7).all()
 
 
 def test_the_crf_itself():
@@ -296,14 +345,15 @@ def test_the_crf_itself():
     image, y = np.full((12, 10, 3), 90, np.uint8), np.zeros((12, 10), np.int64)
     image[:, 5:], y[:, 5:] = 200, 2
     logits = 8*F.one_hot(torch.from_numpy(y), 4).permute(2, 0, 1).float()
-    assert (predict(logits, image, SSC.pairwise) == y).all() and (predict(logits, image) == y).all()
-    assert predict(logits[:, :1, :1], image[:1, :1], SSC.pairwise).shape == (1, 1)
+    assert (predict(logits, image, RECIPE_SSC.pairwise) == y).all() and (predict(logits, image) == y).all()
+    assert predict(logits[:, :1, :1], image[:1, :1], RECIPE_SSC.pairwise).shape == (1, 1)
 
 
-@pytest.mark.parametrize('recipe', [SSC, SSC_ASPP, DLP])
+@pytest.mark.parametrize('recipe', [RECIPE_SSC, RECIPE_SSC_ASPP, RECIPE_DLP])
 def test_any_size_at_test_time(recipe):
     net = deeplab(Tiny(), 3, replace(recipe, width=8)).eval()
-    for size in ((1, 1), (1, 9), (17, 31)): assert net(torch.randn(1, 3, *size)).isfinite().all()
+    for size in ((1, 1), (1, 9), (17, 31)):
+        assert net(torch.randn(1, 3, *size)).isfinite().all()
 
 
 # --- the archive ---------------------------------------------------------------------------------------------------------
@@ -315,13 +365,15 @@ WHERE = 'results/VOC2012/Segmentation/comp5_test_cls'
 def masks(scenes, tmp_path_factory):
     "Predictions of the validation scenes: the true masks without their unknown pixels."
     data, out = TagFolder(scenes, 'val'), tmp_path_factory.mktemp('masks')
-    for n, i in enumerate(data.ids): write_mask(out/f'{i}.png', np.where(data.mask(n) == 255, 0, data.mask(n)))
+    for n, i in enumerate(data.ids):
+        write_mask(out/f'{i}.png', np.where(data.mask(n) == 255, 0, data.mask(n)))
     return data, out
 
 
 def png(mask, mode='P', palette=None):
     im = Image.fromarray(np.asarray(mask, np.uint8)).convert(mode)
-    if mode == 'P': im.putpalette((voc_palette() if palette is None else palette).tobytes())
+    if mode == 'P':
+        im.putpalette((voc_palette() if palette is None else palette).tobytes())
     f = io.BytesIO()
     im.save(f, 'PNG')
     return f.getvalue()
@@ -332,7 +384,8 @@ def pack(path, entries, **kw):
     with tarfile.open(path, 'w:gz', **kw) as tar:
         for e in entries:
             info = e if isinstance(e, tarfile.TarInfo) else tarfile.TarInfo(e[0])
-            if info is not e: info.size = len(e[1])
+            if info is not e:
+                info.size = len(e[1])
             tar.addfile(info, None if info is e else io.BytesIO(e[1]))
     return path
 
@@ -340,7 +393,9 @@ def pack(path, entries, **kw):
 def test_archive(masks, tmp_path):
     "Built, read back, the same bytes from the same masks, and nothing about who built it."
     data, folder = masks
-    for name in ('a.tgz', 'b.tar.gz'): voc_archive(folder, reversed(data.ids) if name == 'a.tgz' else data.ids, tmp_path/name); check_archive(tmp_path/name, data)
+    for name in ('a.tgz', 'b.tar.gz'):
+        voc_archive(folder, reversed(data.ids) if name == 'a.tgz' else data.ids, tmp_path/name)
+        check_archive(tmp_path/name, data)
     assert (tmp_path/'a.tgz').read_bytes() == (tmp_path/'b.tar.gz').read_bytes()
     assert (tmp_path/'a.tgz').read_bytes()[3:8] == bytes(5)   # neither name nor time of the packing
     with tarfile.open(tmp_path/'a.tgz') as tar:
@@ -349,16 +404,20 @@ def test_archive(masks, tmp_path):
         assert {(e.mtime, e.uid, e.gid, e.uname, e.gname, e.mode) for e in entries} == {(0, 0, 0, '', '', 0o644)}
     voc_archive(folder, data.ids, tmp_path/'c.tgz', 2010, 'comp6')
     check_archive(tmp_path/'c.tgz', data, 2010, 'comp6')
-    with pytest.raises(DataError, match='no mask of'): check_archive(tmp_path/'c.tgz', data)
+    with pytest.raises(DataError, match='no mask of'):
+        check_archive(tmp_path/'c.tgz', data)
     assert {p.name for p in tmp_path.iterdir()} == {'a.tgz', 'b.tar.gz', 'c.tgz'}
 
 
 def test_archive_of_what_is_not_there(masks, tmp_path):
     data, folder = masks
-    with pytest.raises(DataError, match='nobody.png is missing, and 0 more'): voc_archive(folder, [*data.ids, 'nobody'], tmp_path/'a.tgz')
-    with pytest.raises(ValueError, match=r'a\.zip should end in'): voc_archive(folder, data.ids, tmp_path/'a.zip')
+    with pytest.raises(DataError, match='nobody.png is missing, and 0 more'):
+        voc_archive(folder, [*data.ids, 'nobody'], tmp_path/'a.tgz')
+    with pytest.raises(ValueError, match=r'a\.zip should end in'):
+        voc_archive(folder, data.ids, tmp_path/'a.zip')
     assert not list(tmp_path.iterdir())
-    with pytest.raises(DataError, match='a.tgz'): check_archive(tmp_path/'a.tgz', data)
+    with pytest.raises(DataError, match='a.tgz'):
+        check_archive(tmp_path/'a.tgz', data)
 
 
 def link(name, to, kind=tarfile.SYMTYPE):
@@ -398,24 +457,29 @@ def test_wrong_archives(masks, tmp_path):
         'it holds more than': [(first, bytes(10**7))],
     }
     for message, entries in wrong.items():
-        with pytest.raises(DataError, match=message) as e: check_archive(pack(tmp_path/'a.tgz', entries), data)
+        with pytest.raises(DataError, match=message) as e:
+            check_archive(pack(tmp_path/'a.tgz', entries), data)
         assert 'a.tgz' in str(e.value)
         assert [p.name for p in tmp_path.iterdir()] == ['a.tgz']
     jpeg = io.BytesIO()
     data.image(0).save(jpeg, 'JPEG')
-    with pytest.raises(DataError, match='as a PNG'): check_archive(pack(tmp_path/'a.tgz', [(first, jpeg.getvalue())]), data)
+    with pytest.raises(DataError, match='as a PNG'):
+        check_archive(pack(tmp_path/'a.tgz', [(first, jpeg.getvalue())]), data)
 
 
 def test_an_archive_that_unfolds_without_end(masks, tmp_path):
     "A header or a hole that claims terabytes is not believed."
     data, _ = masks
     name = f'{WHERE}/{data.ids[0]}.png'
-    with gzip.open(tmp_path/'a.tgz', 'wb') as z: z.write(bytes(30*2**20))
-    with pytest.raises(DataError, match='holds more than'): check_archive(tmp_path/'a.tgz', data)
+    with gzip.open(tmp_path/'a.tgz', 'wb') as z:
+        z.write(bytes(30*2**20))
+    with pytest.raises(DataError, match='holds more than'):
+        check_archive(tmp_path/'a.tgz', data)
     hole, huge = tarfile.TarInfo(name), tarfile.TarInfo(name)
     hole.pax_headers, huge.pax_headers = {'GNU.sparse.map': '0,0', 'GNU.sparse.size': str(2**28)}, {'size': str(2**42)}
     for one, message in ((hole, 'no plain file'), (huge, 'a.tgz is no archive')):
-        with pytest.raises(DataError, match=message): check_archive(pack(tmp_path/'a.tgz', [one], format=tarfile.PAX_FORMAT), data)
+        with pytest.raises(DataError, match=message):
+            check_archive(pack(tmp_path/'a.tgz', [one], format=tarfile.PAX_FORMAT), data)
 
 
 @settings(max_examples=60, deadline=None)
@@ -427,12 +491,16 @@ def test_damaged_archives_are_named_or_whole(masks, tmp_path_factory, draw):
     voc_archive(folder, data.ids, path)
     raw = bytearray(path.read_bytes())
     inside = draw.draw(st.booleans())
-    if inside: raw = bytearray(gzip.decompress(raw))
-    for _ in range(draw.draw(st.integers(1, 4))): raw[draw.draw(st.integers(0, min(len(raw), 3000) - 1))] = draw.draw(st.integers(0, 255))
+    if inside:
+        raw = bytearray(gzip.decompress(raw))
+    for _ in range(draw.draw(st.integers(1, 4))):
+        raw[draw.draw(st.integers(0, min(len(raw), 3000) - 1))] = draw.draw(st.integers(0, 255))
     raw = raw[:draw.draw(st.integers(0, len(raw)))] if draw.draw(st.booleans()) else raw
     path.write_bytes(gzip.compress(raw) if inside else raw)
-    try: check_archive(path, data)
-    except DataError as e: assert 'a.tgz' in str(e)
+    try:
+        check_archive(path, data)
+    except DataError as e:
+        assert 'a.tgz' in str(e)
 
 
 # --- export --------------------------------------------------------------------------------------------------------------
@@ -440,7 +508,8 @@ def test_damaged_archives_are_named_or_whole(masks, tmp_path_factory, draw):
 def exported(net, path):
     "Calls the exported network with (N, 3, H, W) uint8."
     export(net, path)
-    if path.suffix == '.pt2': return torch.export.load(path).module()
+    if path.suffix == '.pt2':
+        return torch.export.load(path).module()
     session = pytest.importorskip('onnxruntime').InferenceSession(path)
     return lambda x: torch.from_numpy(session.run(['logits'], {'image': x.numpy()})[0])
 
@@ -450,15 +519,16 @@ def same_masks(net, run, sizes):
     for n, h, w in sizes:
         bytes_ = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8)
         images = torch.stack([normalise(Image.fromarray(b.permute(1, 2, 0).numpy())) for b in bytes_])
-        with torch.no_grad(): want = torch.stack([literal_bilinear(l.double(), (h, w)) for l in net(images)])
+        with torch.no_grad():
+            want = torch.stack([literal_bilinear(l.double(), (h, w)) for l in net(images)])
         got = run(bytes_)
         assert got.shape == want.shape
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0, check_dtype=False)
         assert (got.argmax(1) == want.argmax(1)).float().mean() >= .999
 
 
-NETWORKS = {'tiny': (Tiny, replace(SSC, width=8)), 'timm': (lambda: Timm('test_efficientnet', 16), replace(SSC_ASPP, width=8)),
-            'resnet50': (lambda: ResNet('resnet50', 16), replace(DLP, msc=()))}
+NETWORKS = {'tiny': (Tiny, replace(RECIPE_SSC, width=8)), 'timm': (lambda: Timm('test_efficientnet', 16), replace(RECIPE_SSC_ASPP, width=8)),
+            'resnet50': (lambda: ResNet('resnet50', 16), replace(RECIPE_DLP, msc=()))}
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -467,14 +537,15 @@ def test_the_same_masks_in_onnxruntime(name, tmp_path):
     backbone, recipe = NETWORKS[name]
     net = deeplab(backbone(), 5, recipe)
     for m in net.head.modules():   # logits of a trained network's size, not the hundreds that random ones have
-        if isinstance(m, nn.Conv2d) and len(m.weight) == 5: nn.init.normal_(m.weight, std=.01)
+        if isinstance(m, nn.Conv2d) and len(m.weight) == 5:
+            nn.init.normal_(m.weight, std=.01)
     same_masks(net, exported(net, tmp_path/'net.onnx'), ((1, 64, 64), (2, 45, 83)))
 
 
 def test_the_same_masks_from_torch_export(tmp_path):
     "Also where several sizes are fused; and the network is left as it was."
     torch.manual_seed(0)
-    net = deeplab(Tiny(), 5, DLP)
+    net = deeplab(Tiny(), 5, RECIPE_DLP)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     run = exported(net, tmp_path/'net.pt2')
     assert net.training and net.state_dict().keys() == before.keys() and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
@@ -486,6 +557,8 @@ def test_export_without_onnx(monkeypatch, tmp_path):
     for name in ('onnx', 'onnxscript'):
         with monkeypatch.context() as m:
             m.setitem(sys.modules, name, None)
-            with pytest.raises(ImportError, match='pip install onnx onnxscript'): export(DeepLab(Tiny(), ASPP(96, 3)), tmp_path/'net.onnx')
-    with pytest.raises(ValueError, match=r'net\.pth should end in'): export(DeepLab(Tiny(), ASPP(96, 3)), tmp_path/'net.pth')
+            with pytest.raises(ImportError, match='pip install onnx onnxscript'):
+                export(DeepLab(Tiny(), ASPP(96, 3)), tmp_path/'net.onnx')
+    with pytest.raises(ValueError, match=r'net\.pth should end in'):
+        export(DeepLab(Tiny(), ASPP(96, 3)), tmp_path/'net.pth')
     assert not list(tmp_path.iterdir())

@@ -7,12 +7,23 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
-from ppc.ablations import COMPONENTS, K, LONGER, PRESETS, REFINEMENT, SEGMENTATION, TRANSFORMS, TUNING, VARIANCE, settings_of
-from ppc.sweeps import name_of, runs
-from ppc.tables import over_seeds, paired
+from ppc.ablations import (
+    COMPONENTS_TABLE,
+    K_TABLE,
+    LONGER_TABLE,
+    PRESETS_TABLE,
+    REFINEMENT_TABLE,
+    SEGMENTATION_TABLE,
+    TRANSFORMS_TABLE,
+    TUNING_TABLE,
+    VARIANCE_TABLE,
+    grid_of,
+)
+from ppc.sweeps import run_name, runs
+from ppc.tables import over_seeds, paired_differences
 
 NBS = Path(__file__).parent.parent/'nbs'
-BOOKS = {'51_components': COMPONENTS, '52_k': K, '53_transforms': TRANSFORMS, '54_refinement': REFINEMENT, '55_segmentation': SEGMENTATION, '56_presets': PRESETS, '58_variance': VARIANCE}
+BOOKS = {'51_components': COMPONENTS_TABLE, '52_k': K_TABLE, '53_transforms': TRANSFORMS_TABLE, '54_refinement': REFINEMENT_TABLE, '55_segmentation': SEGMENTATION_TABLE, '56_presets': PRESETS_TABLE, '58_variance': VARIANCE_TABLE}
 
 
 def make_up(root, settings):
@@ -23,8 +34,9 @@ def make_up(root, settings):
         iou = {'background': value + 30, 'cat': value - 10}
         metrics = {'seed_miou': {m: value}, 'seed_crf_miou': {m: value + 2}, 'mask_miou': value + 3, 'segmentation_miou': value + 1, 'parameters': {},
                    'seed_iou': {m: iou}, 'seed_crf_iou': {m: iou}, 'mask_iou': iou, 'segmentation_iou': iou}
-        (root/name_of(s)).mkdir(parents=True)
-        for name, x in (('settings', s), ('metrics', metrics)): (root/name_of(s)/f'{name}.json').write_text(json.dumps(x))
+        (root/run_name(s)).mkdir(parents=True)
+        for name, x in (('settings', s), ('metrics', metrics)):
+            (root/run_name(s)/f'{name}.json').write_text(json.dumps(x))
 
 
 def execute(name, monkeypatch, **parameters):
@@ -33,11 +45,13 @@ def execute(name, monkeypatch, **parameters):
     monkeypatch.chdir(NBS)
     names = {'display': lambda *a: None}
     for cell in nbformat.read(NBS/f'{name}.ipynb', 4).cells:
-        if cell.cell_type != 'code': continue
+        if cell.cell_type != 'code':
+            continue
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Tight layout|.*identical low and high')
             exec(cell.source, names)
-        if 'parameters' in cell.metadata.get('tags', []): names.update(parameters)
+        if 'parameters' in cell.metadata.get('tags', []):
+            names.update(parameters)
     matplotlib.pyplot.close('all')
     return names
 
@@ -47,24 +61,24 @@ def test_a_grid_with_holes_becomes_a_table(name, tmp_path, monkeypatch):
     "Three rows of the table, the last of them without seed 1: what is there is counted, what is not is named, nothing is run."
     table = BOOKS[name]
     rows = [table.against, *[r for r in table.rows if r != table.against][-2:]]
-    settings = [s for i, s in enumerate(settings_of(table, [0, 1, 2], rows)) if s not in settings_of(table, [1], rows[-1:])]
+    settings = [s for i, s in enumerate(grid_of(table, [0, 1, 2], rows)) if s not in grid_of(table, [1], rows[-1:])]
     make_up(tmp_path, settings)
     monkeypatch.setattr(papermill, 'execute_notebook', None)
     names = execute(name, monkeypatch, root=str(tmp_path), rows=rows[:-1], columns=[], seeds=[0, 1, 2])
     assert {*dict(names['outcomes']).values()} == {'done'}
     found, column = over_seeds(names['ours']), next(iter(table.columns))
     assert found.loc[(rows[1], column), 'n'] == 3 and found.loc[(rows[-1], column), ['n', 'missing']].tolist() == [2, '1']
-    assert paired(names['ours'], table.against).loc[(rows[-1], column), 'n'] == 2
+    assert paired_differences(names['ours'], table.against).loc[(rows[-1], column), 'n'] == 2
 
 
-@pytest.mark.parametrize('name, table, shown', [('tuning', TUNING, 'tuned'), ('longer', LONGER, 'longer')])
+@pytest.mark.parametrize('name, table, shown', [('tuning', TUNING_TABLE, 'tuned'), ('longer', LONGER_TABLE, 'longer')])
 def test_the_other_tables_of_presets(name, table, shown, tmp_path, monkeypatch):
     "`table: tuning` runs that table and shows its runs, the rest is of the runs that came along."
-    make_up(tmp_path, settings_of(table, [0, 1]))
+    make_up(tmp_path, grid_of(table, [0, 1]))
     monkeypatch.setattr(papermill, 'execute_notebook', None)
     names = execute('56_presets', monkeypatch, root=str(tmp_path), table=name, rows=[], columns=[], seeds=[0, 1])
     assert {*dict(names['outcomes']).values()} == {'done'}
-    assert over_seeds(names[shown]).n.tolist() == [2]*len(table.columns)*len(table.rows) and {*names['ours'].row} == {*PRESETS.rows}
+    assert over_seeds(names[shown]).n.tolist() == [2]*len(table.columns)*len(table.rows) and {*names['ours'].row} == {*PRESETS_TABLE.rows}
 
 
 def test_from_one_run_to_a_table(tmp_path):
@@ -83,5 +97,6 @@ def test_from_one_run_to_a_table(tmp_path):
 
 
 def test_a_misspelt_row_ends_before_anything_runs(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no 'SAEM'"): execute('51_components', monkeypatch, root=str(tmp_path), rows=['SAEM'])
+    with pytest.raises(ValueError, match="no 'SAEM'"):
+        execute('51_components', monkeypatch, root=str(tmp_path), rows=['SAEM'])
     assert not [*tmp_path.iterdir()]

@@ -11,16 +11,19 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from ppc.data import DataError, TagFolder, check, write_mask
-from ppc.folders import make_folder, photographs, report, unpack, write_folder
+from ppc.folders import folder_report, make_folder, photographs, unpack, write_folder
 
 
 def fails(what, *words):
     "The call raises a `DataError` that says all the words."
-    with pytest.raises(DataError) as e: what()
-    for w in words: assert w in str(e.value), str(e.value)
+    with pytest.raises(DataError) as e:
+        what()
+    for w in words:
+        assert w in str(e.value), str(e.value)
 
 
 def tree(folder): return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.endswith('.unpacked')}
@@ -35,13 +38,15 @@ def member(name, kind=tarfile.REGTYPE, to='', text='hello'):
 
 def tar(path, *members, mode='w'):
     with tarfile.open(path, mode) as t:
-        for m, data in members: t.addfile(m, data if m.size else None)
+        for m, data in members:
+            t.addfile(m, data if m.size else None)
     return path
 
 
 def zipped(path, *members):
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
-        for name, text in members: z.writestr(name, text)
+        for name, text in members:
+            z.writestr(name, text)
     return path
 
 
@@ -105,8 +110,10 @@ def test_link_in_a_zip(tmp_path):
 def test_damaged_archives(tmp_path, name):
     "Cut off, empty, or text: refused; whole again, it is unpacked over the remains."
     archive, out, text = tmp_path/name, tmp_path/'out', random.Random(0).randbytes(3000).hex()
-    if name == 'a.zip': zipped(archive, ('a', text), ('b', text))
-    else: tar(archive, member('a', text=text), member('b', text=text), mode='w:gz' if name.endswith('gz') else 'w')
+    if name == 'a.zip':
+        zipped(archive, ('a', text), ('b', text))
+    else:
+        tar(archive, member('a', text=text), member('b', text=text), mode='w:gz' if name.endswith('gz') else 'w')
     whole = archive.read_bytes()
     for part in (whole[:len(whole)//2], b'', b'<html>not found</html>'):
         archive.write_bytes(part)
@@ -120,7 +127,9 @@ def test_damaged_archives(tmp_path, name):
 def test_wrong_checksum_in_a_zip(tmp_path):
     "A byte that changed on the way: what came before may stay, but it does not count as unpacked."
     archive = tmp_path/'a.zip'
-    with zipfile.ZipFile(archive, 'w') as z: z.writestr('a', 'one'); z.writestr('b', 'two')
+    with zipfile.ZipFile(archive, 'w') as z:
+        z.writestr('a', 'one')
+        z.writestr('b', 'two')
     good = archive.read_bytes()
     archive.write_bytes(good.replace(b'two', b'tww'))
     fails(lambda: unpack(archive, tmp_path/'out'), str(archive))
@@ -168,7 +177,8 @@ def photo(path, colour=0):
 
 @pytest.fixture
 def pictures(tmp_path):
-    for k, name in enumerate(['a.jpg', 'b c.JPG', 'd.png', 'sub/e.jpeg']): photo(tmp_path/'pictures'/name, 60*k)
+    for k, name in enumerate(['a.jpg', 'b c.JPG', 'd.png', 'sub/e.jpeg']):
+        photo(tmp_path/'pictures'/name, 60*k)
     return tmp_path/'pictures'
 
 
@@ -209,7 +219,7 @@ def test_spreadsheets(pictures, name):
     got, counts = made(pictures, SHEETS[name])
     assert got == WANT and TagFolder(pictures.parent/'out').classes == ['background', 'cat', 'dog']
     assert counts == {'images': 4, 'without tags': 1, 'masks': 0, 'left out': 0, 'other files': 0}
-    table, problems = report(pictures.parent/'out')
+    table, problems = folder_report(pictures.parent/'out')
     assert not problems and table['train'].to_dict() == {'images': 4, 'masks': 0, 'saliency': 0, 'cat': 2, 'dog': 2}
 
 
@@ -304,15 +314,17 @@ def test_names_that_can_be_no_id(pictures, name):
 
 def test_class_folders(tmp_path):
     "The same photograph in two folders has both tags; another by the same name is another. A space becomes an underscore, `background` shows nothing."
-    for k, name in enumerate(['cat/1.jpg', 'cat/2.jpg', 'traffic light/2.jpg', 'traffic light/old/3.jpg', 'background/4.jpg', 'nowhere.jpg']): photo(tmp_path/'all'/name, 40*k)
+    for k, name in enumerate(['cat/1.jpg', 'cat/2.jpg', 'traffic light/2.jpg', 'traffic light/old/3.jpg', 'background/4.jpg', 'nowhere.jpg']):
+        photo(tmp_path/'all'/name, 40*k)
     shutil.copy(tmp_path/'all'/'cat'/'1.jpg', tmp_path/'all'/'traffic light'/'1.jpg')
     counts = make_folder(tmp_path/'out', tmp_path/'all')
     assert tags_of(tmp_path/'out') == {'1': {'cat', 'traffic_light'}, 'cat_2': {'cat'}, 'traffic light_2': {'traffic_light'}, '3': {'traffic_light'}, '4': set()}
-    assert counts == {'images': 5, 'without tags': 1, 'masks': 0, 'left out': 1, 'other files': 0} and not report(tmp_path/'out')[1]
+    assert counts == {'images': 5, 'without tags': 1, 'masks': 0, 'left out': 1, 'other files': 0} and not folder_report(tmp_path/'out')[1]
 
 
 def test_folders_that_are_no_classes(tmp_path):
-    for part in ('train', 'val'): photo(tmp_path/'all'/part/'cat'/f'{part}.jpg')
+    for part in ('train', 'val'):
+        photo(tmp_path/'all'/part/'cat'/f'{part}.jpg')
     fails(lambda: make_folder(tmp_path/'out', tmp_path/'all'), 'all', 'class')
     assert make_folder(tmp_path/'out', tmp_path/'all'/'train')['images'] == 1
     photo(tmp_path/'flat'/'a.jpg')
@@ -329,9 +341,10 @@ def test_masks_for_evaluation(pictures):
     out = pictures.parent/'out'
     assert counts['masks'] == 1 and TagFolder(out, 'val').ids == ['b c'] and TagFolder(out).ids == ['a', 'd', 'e']
     check(TagFolder(out, 'val'), masks=True)
-    table, problems = report(out)
+    table, problems = folder_report(out)
     assert not problems and table.loc['masks'].to_dict() == {'train': 0, 'val': 1}
-    for i in WANT: write_mask(masks/f'{i}.png', np.ones((8, 12)))
+    for i in WANT:
+        write_mask(masks/f'{i}.png', np.ones((8, 12)))
     shutil.rmtree(out)
     made(pictures, SHEETS['spaces'], masks=masks)
     assert TagFolder(out).has_masks and not (out/'ImageSets').exists()
@@ -352,7 +365,8 @@ def test_nothing_of_the_users_is_lost(pictures):
     (out/'JPEGImages'/'b c.JPG').rename(out/'JPEGImages'/'b c.jpg')
     make_folder(out, out/'JPEGImages', out/'list.csv')
     assert tags_of(out) == WANT and not any(p.is_symlink() for p in out.rglob('*'))
-    for inside in (out, out/'new', out/'..'/'out'/'new'): fails(lambda: make_folder(inside, out, out/'list.csv'), 'lies in')
+    for inside in (out, out/'new', out/'..'/'out'/'new'):
+        fails(lambda: make_folder(inside, out, out/'list.csv'), 'lies in')
     photo(pictures/'a.jpg', 99)
     (out/'list.csv').write_text('image,tags\na,cat\n')
     fails(lambda: make_folder(out, pictures, out/'list.csv'), 'JPEGImages/a.jpg', 'there already')
@@ -377,7 +391,8 @@ def test_images_that_are_a_link_to_a_folder(pictures):
 def test_any_names_and_tags(tmp_path_factory, want, delimiter):
     "What a spreadsheet program writes, by pandas, in both forms and with either separator, comes out as it went in."
     box = tmp_path_factory.mktemp('any')
-    for k, name in enumerate(want): photo(box/'p'/f'{name}.jpg', k)
+    for k, name in enumerate(want):
+        photo(box/'p'/f'{name}.jpg', k)
     words = sorted(set().union(*want.values()))
     pd.DataFrame({'image': [f'{i}.jpg' for i in want], 'tags': [' '.join(w) for w in want.values()]}).to_csv(box/'narrow.csv', sep=delimiter, index=False, encoding='utf-8-sig')
     pd.DataFrame({'image': [*want], **{c: [c in w for w in want.values()] for c in words}}).to_csv(box/'wide.csv', sep=delimiter, index=False, lineterminator='\r\n')
@@ -390,7 +405,7 @@ def test_any_names_and_tags(tmp_path_factory, want, delimiter):
 
 def test_report_of_a_good_folder(mine):
     "Counted as one would by hand."
-    table, problems = report(mine)
+    table, problems = folder_report(mine)
     assert not problems and [*table.columns] == ['train', 'val']
     for split in table:
         folder = TagFolder(mine, split)
@@ -437,7 +452,7 @@ DAMAGE = {   # what is done -> file and words of the one sentence about it
 def test_report_tells_each_problem_once(mine, name):
     damage, *words = DAMAGE[name]
     damage(mine)
-    problems = report(mine)[1]
+    problems = folder_report(mine)[1]
     told = [p for p in problems if all(w in p for w in words)]
     assert len(told) == 1 and len(problems) == 1 + 2*(name == 'no images'), problems   # then there are no tags, and the one list is empty
     assert str(mine) in told[0]
@@ -447,25 +462,28 @@ def test_report_tells_all_problems_at_once(mine):
     "Damage that does not touch the same files adds up."
     together = [n for n in DAMAGE if n not in ('no classes', 'no tags', 'no rows', 'no list', 'no images', 'a mask of other classes', 'a mask in colour', 'a mask that is a broken link',
                                                'a mask of another size', 'an image in no list', 'a class twice', 'a row twice')]
-    for n in together: DAMAGE[n][0](mine)
-    problems = report(mine)[1]
-    for n in together: assert sum(all(w in p for w in DAMAGE[n][1:]) for p in problems) == 1, (n, problems)
+    for n in together:
+        DAMAGE[n][0](mine)
+    problems = folder_report(mine)[1]
+    for n in together:
+        assert sum(all(w in p for w in DAMAGE[n][1:]) for p in problems) == 1, (n, problems)
     assert len(problems) == len(together) == len(set(problems))
 
 
 def test_lists_that_may_overlap(mine):
     "Lists to learn from, among themselves; any with one whose name says neither; and trainval with both."
     ids = (mine/'ImageSets'/'train.txt').read_text(), (mine/'ImageSets'/'val.txt').read_text()
-    for name, text in (('train_aug', ids[0]), ('trainval', ids[0] + ids[1]), ('mine', ids[1]), ('val_small', ids[1][:9])): (mine/'ImageSets'/f'{name}.txt').write_text(text)
-    assert not report(mine)[1]
+    for name, text in (('train_aug', ids[0]), ('trainval', ids[0] + ids[1]), ('mine', ids[1]), ('val_small', ids[1][:9])):
+        (mine/'ImageSets'/f'{name}.txt').write_text(text)
+    assert not folder_report(mine)[1]
     (mine/'ImageSets'/'test.txt').write_text(ids[1])
-    assert [p.split('ImageSets/')[1][:17] for p in report(mine)[1]] == ['test.txt and val.', 'test.txt and val_']
+    assert [p.split('ImageSets/')[1][:17] for p in folder_report(mine)[1]] == ['test.txt and val.', 'test.txt and val_']
 
 
 def test_report_of_any_folder(tmp_path):
     "Empty, missing, or something else altogether."
     for root in (tmp_path, tmp_path/'nowhere'):
-        table, problems = report(root)
+        table, problems = folder_report(root)
         assert any('classes.txt is missing' in p for p in problems) and any('JPEGImages is missing' in p for p in problems) and any('tags.csv is missing' in p for p in problems)
         assert table['train'].tolist() == [0, 0, 0]
 
@@ -473,6 +491,7 @@ def test_report_of_any_folder(tmp_path):
 def test_photographs_of_voc():
     "The folder that is lent to us, where it is there."
     root = pathlib.Path(__file__).parents[2]/'shared'/'data'/'voc-animals'
-    if not root.is_dir(): pytest.skip('no voc-animals here')
-    table, problems = report(root)
+    if not root.is_dir():
+        pytest.skip('no voc-animals here')
+    table, problems = folder_report(root)
     assert not problems and table['train']['images'] == 2450 and table['val'][['images', 'masks', 'dog', 'cat']].tolist() == [222, 222, 64, 60]

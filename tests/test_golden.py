@@ -62,7 +62,7 @@ def with_gradients(terms, leaves):
 def of_cam():
     m = raw_maps(0)
     confidence = cam.confidences(m, tags())
-    found = {'stretch': cam.stretch(m), 'confidences': confidence, 'labels': cam.pseudo_labels(confidence)}
+    found = {'stretch': cam.minmax_normalise(m), 'confidences': confidence, 'labels': cam.pseudo_labels(confidence)}
     found['loss'] = cam.class_loss(m, tags())
     present, numbers = inference.cam_scores(m[1], tags()[1])
     return found | {'scores': present, 'numbers': numbers}
@@ -99,7 +99,7 @@ def of_contrast(reading, moved):
     pair = paired_views(*views, 8, reading.refined, move() if moved else None)
     torch.manual_seed(10)
     terms = contrast.PixelToPrototypeContrast(6, reading=reading)(*pair, tags())
-    m, y = contrast.label(pair[0].cam, tags(), reading)
+    m, y = contrast.label_pixels(pair[0].cam, tags(), reading)
     return {'confidences': m, 'labels': y} | with_gradients(terms._asdict(), embeddings)
 
 
@@ -109,18 +109,18 @@ def of_masks():
     truth = np.where(found.max(0) > .4, present[found.argmax(0)], 0)
     truth[:2] = 255
     curve.add(found, present, truth)
-    seeds = crf.seed(found, present, .3)
+    seeds = crf.seed_mask(found, present, .3)
     values = {'curve': curve.miou(), 'counts': curve.counts()[30], 'seed': seeds}
     values |= {'crf': crf.crf(image, seeds, 5), 'crf scores': crf.crf_scores(image, np.concatenate([1 - found.max(0, keepdims=True), found]))}
     values |= {'crf cam': crf.crf_cam(image, found, present), 'irn labels': irn.irn_labels(image, found, present)}
-    for name, options in psa.PSAS.items():
+    for name, options in psa.PSA_PRESETS.items():
         values[f'psa labels {name}'] = psa.affinity_labels(image, found, present, 5, options)
         values[f'psa behind {name}'] = psa.behind(found, options.background, options.level)
         torch.manual_seed(11)
         affinity = torch.rand(34, 3, 3)
         values[f'psa mask {name}'] = psa.walked_mask(found, present, affinity, 8, options)
     torch.manual_seed(12)
-    values['irn walk'] = irn.walked(torch.from_numpy(found), torch.rand(6, 5))
+    values['irn walk'] = irn.walk_cam(torch.from_numpy(found), torch.rand(6, 5))
     return values
 
 
@@ -136,7 +136,8 @@ def test_values_are_what_they_were(group):
         want = {k.split('/', 1)[1]: known[k] for k in known.files if k.split('/')[0] == group}
     got = {k: torch.as_tensor(v).numpy() for k, v in GROUPS[group]().items()}
     assert {*got} == {*want}
-    for name in want: np.testing.assert_allclose(got[name], want[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 QUICK = dict(
@@ -166,7 +167,8 @@ def outcome(name, scenes, out):
 
 def flat(x, path=''):
     "Nested dicts and lists as one dict of their leaves."
-    if not isinstance(x, (dict, list)): return {path: x}
+    if not isinstance(x, (dict, list)):
+        return {path: x}
     items = x.items() if isinstance(x, dict) else enumerate(x)
     return {p: v for k, y in items for p, v in flat(y, f'{path}/{k}').items()}
 
@@ -179,9 +181,12 @@ def test_runs_are_what_they_were(name, scenes, tmp_path):
     exact = kernels() == known['kernels']
     assert {*got} == {*want}
     for path, value in want.items():
-        if not isinstance(value, float): assert got[path] == value, path
-        elif exact: assert got[path] == pytest.approx(value, rel=1e-6, abs=1e-6), path
-        elif 'miou' in path: assert got[path] == pytest.approx(value, abs=3), path
+        if not isinstance(value, float):
+            assert got[path] == value, path
+        elif exact:
+            assert got[path] == pytest.approx(value, rel=1e-6, abs=1e-6), path
+        elif 'miou' in path:
+            assert got[path] == pytest.approx(value, abs=3), path
 
 
 def record(folder):
@@ -195,4 +200,5 @@ def record(folder):
 
 if __name__ == '__main__':
     import tempfile
-    with tempfile.TemporaryDirectory() as folder: record(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        record(Path(folder))

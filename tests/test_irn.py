@@ -3,14 +3,30 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from ppc import irn
 from ppc.backbones import ResNet, ResNet38, Timm, Tiny
 from ppc.data import DataError, TagFolder, normalise, read_mask
 from ppc.inference import write_cam
-from ppc.irn import (AUTHORS, IRNS, IRNet, Irn, centre_displacement, edge_affinity, edge_map, enlarge, irn_labels, irn_losses, irn_parameters,
-                     paths, walked, write_irn_labels, write_irn_masks)
+from ppc.irn import (
+    IRN_AUTHORS,
+    IRN_PRESETS,
+    IRNet,
+    IrnOptions,
+    centre_displacement,
+    edge_affinity,
+    edge_map,
+    irn_labels,
+    irn_losses,
+    irn_parameters,
+    line_paths,
+    upsample_aligned,
+    walk_cam,
+    write_irn_labels,
+    write_irn_masks,
+)
 from ppc.walk import neighbours
 
 quick = settings(max_examples=20, deadline=None)
@@ -28,7 +44,8 @@ def way(dy, dx):
     for y in range(min(0, dy), max(0, dy) + 1):
         for x in range(min(0, dx), max(0, dx) + 1):
             s = (y*dy + x*dx)/(dy*dy + dx*dx)
-            if math.hypot(y - s*dy, x - s*dx) < 1 - 1e-9: on.append((y, x))
+            if math.hypot(y - s*dy, x - s*dx) < 1 - 1e-9:
+                on.append((y, x))
     return on
 
 
@@ -46,7 +63,7 @@ def literal_affinity(edge, radius):
 
 @pytest.mark.parametrize('radius', [1, 2, 5, 10])
 def test_paths_are_the_pixels_less_than_one_from_the_line(radius):
-    got = paths(radius)
+    got = line_paths(radius)
     assert len(got) == {1: 0, 2: 4, 5: 34, 10: 152}[radius]
     for (dy, dx), p in zip(neighbours(radius).tolist(), got):
         assert sorted(p) == sorted(way(dy, dx)) and (0, 0) in p and (dy, dx) in p
@@ -75,13 +92,20 @@ def literal_losses(edge, displacement, mask, radius):
         for k, (dy, dx) in enumerate(neighbours(radius).tolist()):
             for y in range(h):
                 for x in range(w):
-                    if not (0 <= y + dy < h and 0 <= x + dx < w): continue
+                    if not (0 <= y + dy < h and 0 <= x + dx < w):
+                        continue
                     i, j = int(mask[n, 4*y, 4*x]), int(mask[n, 4*(y + dy), 4*(x + dx)])
-                    if 255 in (i, j): continue
+                    if 255 in (i, j):
+                        continue
                     d = displacement[n, :, y, x] - displacement[n, :, y + dy, x + dx]
-                    if i != j: terms['apart'].append(-torch.log(1 + 1e-5 - a[k, y, x]))
-                    elif i == 0: terms['bg'].append(-torch.log(a[k, y, x] + 1e-5)); terms['move_bg'].append((d[0].abs() + d[1].abs())/2)
-                    else: terms['fg'].append(-torch.log(a[k, y, x] + 1e-5)); terms['move_fg'].append(((d[0] - dy).abs() + (d[1] - dx).abs())/2)
+                    if i != j:
+                        terms['apart'].append(-torch.log(1 + 1e-5 - a[k, y, x]))
+                    elif i == 0:
+                        terms['bg'].append(-torch.log(a[k, y, x] + 1e-5))
+                        terms['move_bg'].append((d[0].abs() + d[1].abs())/2)
+                    else:
+                        terms['fg'].append(-torch.log(a[k, y, x] + 1e-5))
+                        terms['move_fg'].append(((d[0] - dy).abs() + (d[1] - dx).abs())/2)
     weight = dict(bg=1/4, fg=1/4, apart=1/2, move_bg=1/2, move_fg=1/2)
     return {k: weight[k]*sum(v)/len(v) if v else edge.sum()*0 for k, v in terms.items()}
 
@@ -111,17 +135,20 @@ def test_a_mask_of_one_label_gives_finite_losses(label):
     displacement = torch.randn(1, 2, 6, 6, requires_grad=True)
     terms = irn_losses(edge, displacement, torch.full((1, 24, 24), label, dtype=torch.uint8))
     zero = {0: {'fg', 'apart', 'move_fg'}, 2: {'bg', 'apart', 'move_bg'}, 255: set(terms)}[label]
-    for k, v in terms.items(): assert v.isfinite() and (v == 0) == (k in zero), k
+    for k, v in terms.items():
+        assert v.isfinite() and (v == 0) == (k in zero), k
     sum(terms.values()).backward()
     assert edge.grad.isfinite().all() and displacement.grad.isfinite().all()
-    if label == 255: assert not edge.grad.any() and not displacement.grad.any()
+    if label == 255:
+        assert not edge.grad.any() and not displacement.grad.any()
 
 
 def test_half_precision_and_float32_agree():
     torch.manual_seed(0)
     edge, displacement, mask = torch.randn(1, 8, 8).bfloat16(), torch.randn(1, 2, 8, 8).bfloat16(), torch.randint(0, 2, (1, 32, 32))
     got, want = irn_losses(edge, displacement, mask, 4), irn_losses(edge.float(), displacement.float(), mask, 4)
-    for k in want: assert got[k].dtype == torch.float32 and torch.equal(got[k], want[k])
+    for k in want:
+        assert got[k].dtype == torch.float32 and torch.equal(got[k], want[k])
 
 
 # --- labels --------------------------------------------------------------------------------------------------------------
@@ -133,7 +160,7 @@ def test_labels_are_two_cuts_and_what_they_agree_on(monkeypatch):
     scores = np.array([[[.04, .2, .31, .05, .30]], [[.05, .06, .9, 0, .0]]], dtype=np.float32)
     assert irn_labels(np.zeros((1, 5, 3), np.uint8), scores, np.array([4, 9], np.uint8)).tolist() == [[0, 255, 9, 0, 255]]
     assert asked == [3, 3]                                                 # as many labels as the image has classes, and background
-    assert irn_labels(np.zeros((1, 5, 3), np.uint8), scores, np.array([4, 9], np.uint8), Irn(fg=.05)).tolist() == [[0, 4, 9, 0, 4]]
+    assert irn_labels(np.zeros((1, 5, 3), np.uint8), scores, np.array([4, 9], np.uint8), IrnOptions(fg=.05)).tolist() == [[0, 4, 9, 0, 4]]
 
 
 def test_labels_of_an_image_without_tags_and_of_empty_channels():
@@ -144,9 +171,11 @@ def test_labels_of_an_image_without_tags_and_of_empty_channels():
 
 
 def test_options_that_cannot_be():
-    with pytest.raises(ValueError, match='bg is 0.4 and fg 0.3'): Irn(bg=.4)
-    with pytest.raises(ValueError, match='walk_radius 1: neighbours begin with 2'): Irn(walk_radius=1)
-    assert IRNS['irn'] == AUTHORS and (IRNS['recam'].fg, IRNS['recam'].bg, IRNS['recam'].t) == (.35, .10, 256)
+    with pytest.raises(ValueError, match='bg is 0.4 and fg 0.3'):
+        IrnOptions(bg=.4)
+    with pytest.raises(ValueError, match='walk_radius 1: neighbours begin with 2'):
+        IrnOptions(walk_radius=1)
+    assert IRN_PRESETS['irn'] == IRN_AUTHORS and (IRN_PRESETS['recam'].fg, IRN_PRESETS['recam'].bg, IRN_PRESETS['recam'].t) == (.35, .10, 256)
 
 
 # --- the network ---------------------------------------------------------------------------------------------------------
@@ -157,7 +186,7 @@ def test_enlarged_pixels_stay_where_they_are(factor, H, W, seed):
     "Each new pixel is the bilinear mean of those around its place in the old map, which goes on as it ends."
     torch.manual_seed(seed)
     x = torch.randn(1, 1, -(-H//factor), -(-W//factor), dtype=torch.float64)
-    got = enlarge(x, factor, (H, W))[0, 0]
+    got = upsample_aligned(x, factor, (H, W))[0, 0]
     at = lambda y, z: x[0, 0, min(y, x.shape[2] - 1), min(z, x.shape[3] - 1)]
     want = torch.empty(H, W, dtype=torch.float64)
     for i in range(H):
@@ -186,7 +215,8 @@ def test_every_backbone_gives_stride_4_at_any_size(name):
 def test_stages_end_in_the_three_maps(build):
     torch.manual_seed(0)
     net, x = build().eval(), torch.randn(1, 3, 40, 32)
-    with torch.no_grad(): stages, maps = net.stages(x), net(x)
+    with torch.no_grad():
+        stages, maps = net.stages(x), net(x)
     assert len(maps) == 3 and all(torch.equal(a, b) for a, b in zip(stages[-3:], maps)) and all(m.shape[2:] == (10, 8) for m in stages[:-3])
 
 
@@ -202,16 +232,19 @@ def test_only_the_branches_learn():
     optimizer = torch.optim.SGD(groups)
     sum(irn_losses(*net(torch.randn(2, 3, 40, 40)), torch.randint(0, 2, (2, 40, 40)), 4).values()).backward()
     optimizer.step()
-    for k, v in net.state_dict().items(): assert torch.equal(v, before[k]) == (k.startswith('backbone') or k == 'mean'), k
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, before[k]) == (k.startswith('backbone') or k == 'mean'), k
 
 
 def test_the_mean_displacement_is_taken_off_once(scenes):
     torch.manual_seed(0)
     net, folder = IRNet(Tiny()), TagFolder(scenes, 'val')
-    with torch.no_grad(): raw = [net(normalise(folder.image(i))[None])[1] for i in range(len(folder))]
+    with torch.no_grad():
+        raw = [net(normalise(folder.image(i))[None])[1] for i in range(len(folder))]
     centre_displacement(net, folder, batch_size=3)
     close(net.mean, torch.stack([r.double().mean((0, 2, 3)) for r in raw]).mean(0), 1e-5)
-    with torch.no_grad(): close(net(normalise(folder.image(0))[None])[1], raw[0] - net.mean[:, None, None])
+    with torch.no_grad():
+        close(net(normalise(folder.image(0))[None])[1], raw[0] - net.mean[:, None, None])
     stored = net.mean.clone()
     centre_displacement(net, folder)
     close(net.mean, stored, 1e-5)
@@ -235,7 +268,8 @@ def test_edges_of_the_mirror_image_are_mirrored(size):
 def test_any_size_is_as_if_enlarged_to_a_multiple_of_four_and_one():
     torch.manual_seed(0)
     net, image = IRNet(Tiny()).eval(), torch.randn(3, 22, 31)
-    full = torch.zeros(3, 25, 33); full[:, :22, :31] = image
+    full = torch.zeros(3, 25, 33)
+    full[:, :22, :31] = image
     close(edge_map(net, image), edge_map(net, full)[:6, :8], 1e-5)
 
 
@@ -244,28 +278,30 @@ def test_any_size_is_as_if_enlarged_to_a_multiple_of_four_and_one():
 def test_the_walk_is_the_dense_one(P, H, W, t, seed):
     "From the matrix of all pairs; sizes below the radius and not divisible by four."
     torch.manual_seed(seed)
-    options, h, w = Irn(walk_radius=3, beta=2, t=t), -(-H//4), -(-W//4)
+    options, h, w = IrnOptions(walk_radius=3, beta=2, t=t), -(-H//4), -(-W//4)
     scores, edge = torch.rand(P, H, W, dtype=torch.float64), torch.rand(h, w, dtype=torch.float64)*.9
     a, A = literal_affinity(edge, 3), torch.eye(h*w, dtype=torch.float64)
     for k, (dy, dx) in enumerate(neighbours(3).tolist()):
         for y in range(h):
             for x in range(w):
-                if y + dy < h and 0 <= x + dx < w: A[y*w + x, (y + dy)*w + x + dx] = A[(y + dy)*w + x + dx, y*w + x] = a[k, y, x]**2
+                if y + dy < h and 0 <= x + dx < w:
+                    A[y*w + x, (y + dy)*w + x + dx] = A[(y + dy)*w + x + dx, y*w + x] = a[k, y, x]**2
     cam = torch.stack([s[::4, ::4]*(1 - edge) for s in scores]).flatten(1) @ torch.matrix_power(A/A.sum(0, keepdim=True), t)
-    got = walked(scores, edge, options)
+    got = walk_cam(scores, edge, options)
     assert got.shape == scores.shape and got.max() <= 1
-    up = enlarge(cam.view(1, P, h, w), 4, (H, W))[0]
+    up = upsample_aligned(cam.view(1, P, h, w), 4, (H, W))[0]
     close(got, up/up.max())
     close(got[:, ::4, ::4].flatten(1)*up.max(), cam)
 
 
 def test_nothing_walks_where_there_is_nothing():
     edge = torch.full((2, 3), .5)
-    assert walked(torch.zeros(0, 7, 9), edge).shape == (0, 7, 9)
-    assert not walked(torch.zeros(2, 7, 9), edge).any()
-    assert not walked(torch.rand(2, 7, 9), torch.ones(2, 3)).any()         # edges everywhere: nobody's
-    half = torch.zeros(2, 7, 9); half[1, 3:, 3:] = 1                       # one empty channel beside another
-    assert not walked(half, edge)[0].any() and walked(half, edge)[1].max() == 1
+    assert walk_cam(torch.zeros(0, 7, 9), edge).shape == (0, 7, 9)
+    assert not walk_cam(torch.zeros(2, 7, 9), edge).any()
+    assert not walk_cam(torch.rand(2, 7, 9), torch.ones(2, 3)).any()         # edges everywhere: nobody's
+    half = torch.zeros(2, 7, 9)
+    half[1, 3:, 3:] = 1                       # one empty channel beside another
+    assert not walk_cam(half, edge)[0].any() and walk_cam(half, edge)[1].max() == 1
 
 
 @pytest.fixture
@@ -303,6 +339,8 @@ def test_masks_and_labels_of_odd_images(odd, tmp_path):
 def test_a_cam_of_another_size_is_named(odd, tmp_path):
     write_cam(tmp_path/'cams'/'c.npz', np.zeros((2, 8, 9)), [2, 3])
     for write in (lambda: write_irn_labels(odd, tmp_path/'cams', tmp_path/'labels'), lambda: write_irn_masks(IRNet(Tiny()), odd, tmp_path/'cams', tmp_path/'masks')):
-        with pytest.raises(DataError, match=r'c\.npz is 9x8 but its image is 30x29: delete it'): write()
+        with pytest.raises(DataError, match=r'c\.npz is 9x8 but its image is 30x29: delete it'):
+            write()
     (tmp_path/'cams'/'c.npz').unlink()
-    with pytest.raises(DataError, match=r'c\.npz is missing'): write_irn_masks(IRNet(Tiny()), odd, tmp_path/'cams', tmp_path/'masks')
+    with pytest.raises(DataError, match=r'c\.npz is missing'):
+        write_irn_masks(IRNet(Tiny()), odd, tmp_path/'cams', tmp_path/'masks')

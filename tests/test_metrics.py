@@ -2,7 +2,8 @@
 import time
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ppc.metrics import ThresholdCurve, confusion, iou, miou
 
 
@@ -28,7 +29,8 @@ def test_curve_is_exact(seed, classes, h, w):
         curve.add(cam, present, truth)
         total = total + literal(cam, present, truth, curve.thresholds, classes)
     assert (curve.counts() == total).all()
-    if total.sum(): assert curve.best()[1] == miou(total).max()
+    if total.sum():
+        assert curve.best()[1] == miou(total).max()
 
 
 def test_255_counts_nowhere():
@@ -48,7 +50,8 @@ def test_class_that_is_nowhere_has_no_iou():
 
 @pytest.mark.parametrize('truth, pred', [(np.zeros((2, 2), int), np.zeros((2, 3), int)), (np.zeros((1, 1), int), np.full((1, 1), 2))])
 def test_what_does_not_fit_is_refused(truth, pred):
-    with pytest.raises(ValueError): confusion(truth, pred, 2)
+    with pytest.raises(ValueError):
+        confusion(truth, pred, 2)
 
 
 def test_hundred_times_faster_than_sixty_passes():

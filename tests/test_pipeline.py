@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 from ppc import cli, pipeline, stages
 from ppc.data import DataError, TagFolder, read_mask
-from ppc.inference import read_cam, same_size
-from ppc.training import read_log
+from ppc.inference import group_by_size, read_cam
 from ppc.parameters import CamTraining, Shared, settings
-from ppc.weights import read_weights
 from ppc.pipeline import run
 from ppc.stages import read_json
+from ppc.training import read_log
+from ppc.weights import read_weights
 
 QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_options=dict(batch_size=4, epochs=1, crop=64))
 
@@ -37,7 +37,8 @@ def test_every_stage_reports(done, scenes):
     for stage in ['warm', 'cam/train', 'cam/cams-train', 'cam/seeds', 'cam/crf', 'seam+ppc/train', 'masks', 'segmenter', 'segmentation', '.']:
         assert (out/stage/'metrics.json').is_file() and (out/stage/'config.json').is_file()
     assert result == read_json(out/'metrics.json') and result['parameters']['k'] == 4 and result['versions']['torch']
-    for i in TagFolder(scenes).ids: assert read_mask(out/'masks'/f'{i}.png').shape == (128, 128)
+    for i in TagFolder(scenes).ids:
+        assert read_mask(out/'masks'/f'{i}.png').shape == (128, 128)
     assert len(list((out/'segmentation').glob('*.png'))) == 4
 
 
@@ -50,7 +51,8 @@ def test_again_does_nothing(done, scenes, monkeypatch):
 def test_lost_stage_is_done_again(done, scenes, tmp_path):
     "Without its metrics.json a stage is not done, whatever else it left."
     shutil.copytree(done[0], tmp_path/'run')
-    for stage in ('.', 'masks'): (tmp_path/'run'/stage/'metrics.json').unlink()
+    for stage in ('.', 'masks'):
+        (tmp_path/'run'/stage/'metrics.json').unlink()
     lost = tmp_path/'run'/'masks'/'train00000.png'
     lost.unlink()
     again = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
@@ -59,13 +61,15 @@ def test_lost_stage_is_done_again(done, scenes, tmp_path):
 
 def test_same_seed_same_numbers(done, scenes, tmp_path):
     again = run(tmp_path/'again', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
-    for k in ('seed_miou', 'seed_crf_miou', 'mask_miou', 'segmentation_miou'): assert again[k] == done[1][k]
+    for k in ('seed_miou', 'seed_crf_miou', 'mask_miou', 'segmentation_miou'):
+        assert again[k] == done[1][k]
 
 
 @pytest.mark.parametrize('change', [dict(k=8), dict(scales=[1.0, 1.5]), dict(seed=1)])
 def test_other_parameters_are_refused(done, scenes, change):
     name, = change
-    with pytest.raises(ValueError, match=f'{name} = '): run(done[0], ['cam', 'seam+ppc'], data=str(scenes), **{**QUICK, **change})
+    with pytest.raises(ValueError, match=f'{name} = '):
+        run(done[0], ['cam', 'seam+ppc'], data=str(scenes), **{**QUICK, **change})
 
 
 @pytest.mark.parametrize('stage, name', [('cam/cams-train', 'train00001.npz'), ('masks', 'train00001.png')])
@@ -73,20 +77,24 @@ def test_damaged_file_is_named(done, scenes, tmp_path, stage, name):
     shutil.copytree(done[0], tmp_path/'run')
     path = tmp_path/'run'/stage/name
     path.write_bytes(path.read_bytes()[:100])
-    for s in ('.', 'cam/seeds', 'seam+ppc/seeds', 'segmenter'): (tmp_path/'run'/s/'metrics.json').unlink()
+    for s in ('.', 'cam/seeds', 'seam+ppc/seeds', 'segmenter'):
+        (tmp_path/'run'/s/'metrics.json').unlink()
     shutil.rmtree(tmp_path/'run'/'segmenter')
-    with pytest.raises(DataError, match=name): run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+    with pytest.raises(DataError, match=name):
+        run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
 
 
 def test_cam_files_unpickle_nothing(tmp_path):
     np.savez(tmp_path/'a.npz', cam=np.array([{}], dtype=object), present=np.array([1]))
-    with pytest.raises(DataError, match='damaged'): read_cam(tmp_path/'a.npz')
+    with pytest.raises(DataError, match='damaged'):
+        read_cam(tmp_path/'a.npz')
 
 
 def test_damaged_metrics_are_named(done, scenes, tmp_path):
     shutil.copytree(done[0], tmp_path/'run')
     (tmp_path/'run'/'metrics.json').write_text('{"seed')
-    with pytest.raises(DataError, match='metrics.json is damaged'): run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+    with pytest.raises(DataError, match='metrics.json is damaged'):
+        run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
 
 
 SHARED = dict(batch_size=4, crop=64, target=32, resize=[64, 96], scenes=12, closeups=32, warm_epochs=1, segmenter='none', refine='none', crf=False)
@@ -112,7 +120,8 @@ def test_two_runs_at_once_train_the_baseline_once(tmp_path):
     code = 'import sys; from ppc.pipeline import run; run(sys.argv[1], ["seam"], shared=sys.argv[2], **eval(sys.argv[3]))'
     both = [subprocess.Popen([sys.executable, '-c', code, tmp_path/n, tmp_path/'shared', repr({**SHARED, 'warm_epochs': 0, 'alpha': a})], stderr=subprocess.PIPE, text=True)
             for n, a in (('a', .1), ('b', .2))]   # a weight of the contrast, which the baseline does not have
-    for p in both: assert p.communicate()[1] is not None and p.returncode == 0
+    for p in both:
+        assert p.communicate()[1] is not None and p.returncode == 0
     assert len([*(tmp_path/'shared').glob('seam-*/')]) == 1 and (tmp_path/'a'/'seam').resolve() == (tmp_path/'b'/'seam').resolve()
     assert read_json(tmp_path/'a'/'metrics.json')['seed_miou'] == read_json(tmp_path/'b'/'metrics.json')['seed_miou']
 
@@ -157,7 +166,8 @@ def test_two_processes_do_not_share_a_run(scenes, tmp_path):
     (dict(epoch=3), "did you mean 'epochs'"), (dict(colour='red'), "no parameter 'colour'"), (dict(epochs='3'), 'type int'),
     (dict(crf=1), 'type bool'), (dict(scales=1.0), 'type list')])
 def test_parameters_are_checked(wrong, words):
-    with pytest.raises(ValueError, match=words): settings(**wrong)
+    with pytest.raises(ValueError, match=words):
+        settings(**wrong)
 
 
 @pytest.mark.parametrize('wrong, words', [
@@ -171,25 +181,29 @@ def test_parameters_are_checked(wrong, words):
     (dict(seg_backbone='resnet5000'), 'resnet5000'), (dict(refine='psa', refine_backbone='resnet18', refine_weights='nowhere.pt'), 'nowhere.pt is missing')])
 def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
     monkeypatch.setattr(stages, 'fit', None)
-    with pytest.raises(ValueError, match=words): run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
 
 
 def test_a_mistake_can_be_mended_in_the_same_folder(scenes, tmp_path):
     "What was refused before it began leaves no configuration behind."
-    with pytest.raises(ValueError): run(tmp_path/'run', ['cam'], data=str(scenes), **{**QUICK, 'val_split': 'vall'})
+    with pytest.raises(ValueError):
+        run(tmp_path/'run', ['cam'], data=str(scenes), **{**QUICK, 'val_split': 'vall'})
     assert run(tmp_path/'run', ['cam'], data=str(scenes), segmenter='none', refine='none', crf=False, **QUICK)['seed_miou']['cam'] is not None
 
 
 def test_bad_image_ends_before_training(mine, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, 'fit', None)
     (mine/'JPEGImages'/'val00003.jpg').write_bytes(b'')
-    with pytest.raises(DataError, match='val00003.jpg'): run(tmp_path/'run', ['cam'], data=str(mine), **QUICK)
+    with pytest.raises(DataError, match='val00003.jpg'):
+        run(tmp_path/'run', ['cam'], data=str(mine), **QUICK)
 
 
 @pytest.mark.parametrize('refine', ['none', 'crf', 'psa', 'irn'])
 def test_tags_only(mine, tmp_path, refine):
     "One's own photographs: no masks, no lists. Masks come out, numbers that need truth do not."
-    for d in ('SegmentationClass', 'Saliency', 'Parts', 'ImageSets'): shutil.rmtree(mine/d)
+    for d in ('SegmentationClass', 'Saliency', 'Parts', 'ImageSets'):
+        shutil.rmtree(mine/d)
     result = run(tmp_path/'run', ['cam'], data=str(mine), val_split='', refine=refine, refine_options=SMALL if refine in ('psa', 'irn') else {}, **QUICK)
     assert result['seed_miou'] == {'cam': None} and result['seed_crf_miou'] == {'cam': None} and result['segmentation_miou'] is None
     assert result['seed_threshold'] == {'cam': .25} and len(list((tmp_path/'run'/'masks').glob('*.png'))) == 20
@@ -198,7 +212,8 @@ def test_tags_only(mine, tmp_path, refine):
 
 def test_any_size_any_network(mine, tmp_path):
     "Images of several sizes, a timm network at output stride 16 with weights from a file, a target that is no multiple of the stride."
-    import timm, torch
+    import timm
+    import torch
     from PIL import Image
     for n, i in enumerate(TagFolder(mine).ids):
         for d, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
@@ -219,11 +234,12 @@ def test_photographs_on_their_side(mine, tmp_path):
         exif = im.getexif()
         exif[ExifTags.Base.Orientation] = (1, 6, 8, 1, 6, 3)[n % 6]
         im.save(data.files[i], exif=exif)
-    groups = same_size(data, range(len(data)), 100)
+    groups = group_by_size(data, range(len(data)), 100)
     assert len(groups) == 2 and all(len({data.image(i).size for i in g}) == 1 for g in groups)
     shutil.rmtree(mine/'SegmentationClass')
     run(tmp_path/'run', ['cam'], data=str(mine), val_split='', **QUICK)
-    for n, i in enumerate(data.ids): assert read_mask(tmp_path/'run'/'masks'/f'{i}.png').shape == data.image(n).size[::-1]
+    for n, i in enumerate(data.ids):
+        assert read_mask(tmp_path/'run'/'masks'/f'{i}.png').shape == data.image(n).size[::-1]
 
 
 # --- from seeds to masks -----------------------------------------------------------------------------------------------------
@@ -238,7 +254,8 @@ def walked(done, scenes, tmp_path_factory):
     for refine, segmenter in (('psa', 'aspp'), ('irn', 'aspp-concat')):
         out = tmp_path_factory.mktemp('walked')/refine
         shutil.copytree(done[0], out, ignore=shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock'))
-        for f in ('config.json', 'metrics.json'): (out/f).unlink()
+        for f in ('config.json', 'metrics.json'):
+            (out/f).unlink()
         more = dict(refine=refine, refine_options=SMALL, segmenter=segmenter, archive_split='val')
         found[refine] = out, more, run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK, **more)
     return found
@@ -248,7 +265,8 @@ def walked(done, scenes, tmp_path_factory):
 def test_affinities_make_masks(walked, done, refine):
     out, more, result = walked[refine]
     assert result['seed_miou'] == done[1]['seed_miou']   # the same CAMs, not made again
-    for stage in ('affinity-labels', 'affinity', 'masks', 'segmenter', 'shown', 'segmentation', 'archive'): assert (out/stage/'metrics.json').is_file()
+    for stage in ('affinity-labels', 'affinity', 'masks', 'segmenter', 'shown', 'segmentation', 'archive'):
+        assert (out/stage/'metrics.json').is_file()
     labels, masks = ([read_mask(out/d/f'train{i:05}.png') for i in range(16)] for d in ('affinity-labels', 'masks'))
     assert any((m == 255).any() for m in labels) and not any((m == 255).any() for m in masks)
     assert len(list((out/'shown').glob('*.png'))) == 6 and (out/'archive'/'results.tgz').is_file()
@@ -260,11 +278,14 @@ def test_a_refinement_resumes(walked, scenes, tmp_path, refine, stage):
     "A stage that lost its metrics and some of its files comes back with the same bytes, and nothing before it is done again."
     source, more, result = walked[refine]
     shutil.copytree(source, tmp_path/'run')
-    for s in ('.', stage): (tmp_path/'run'/s/'metrics.json').unlink()
+    for s in ('.', stage):
+        (tmp_path/'run'/s/'metrics.json').unlink()
     lost = [tmp_path/'run'/stage/('weights.safetensors' if stage == 'affinity' else f'train{i:05}.png') for i in (1, 7)]
-    for f in lost: f.unlink(missing_ok=True)
+    for f in lost:
+        f.unlink(missing_ok=True)
     again = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK, **more)
-    for f in lost: assert f.read_bytes() == (source/stage/f.name).read_bytes()
+    for f in lost:
+        assert f.read_bytes() == (source/stage/f.name).read_bytes()
     assert again['table'] == result['table']
 
 
@@ -282,7 +303,8 @@ def test_other_networks_refine_and_segment(done, scenes, tmp_path):
     import timm
     torch.save(timm.create_model('mobilenetv2_035').state_dict(), tmp_path/'w.pt')
     shutil.copytree(done[0], tmp_path/'run', ignore=shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock'))
-    for f in ('config.json', 'metrics.json'): (tmp_path/'run'/f).unlink()
+    for f in ('config.json', 'metrics.json'):
+        (tmp_path/'run'/f).unlink()
     result = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK, refine='psa', refine_options=SMALL, refine_backbone='mobilenetv2_035',
                  refine_weights=str(tmp_path/'w.pt'), seg_backbone='resnet50')
     assert result['mask_miou'] is not None and [r['start'] for r in result['table'][-2:]] == ['w.pt', 'random']
@@ -301,13 +323,15 @@ def test_every_method_learns(method, scenes, tmp_path):
 
 def test_eps_misses_a_saliency_map_before_training(mine, tmp_path):
     (mine/'Saliency'/'train00003.png').unlink()
-    with pytest.raises(DataError, match='train00003.png is missing'): run(tmp_path/'run', ['eps'], data=str(mine), **QUICK)
+    with pytest.raises(DataError, match='train00003.png is missing'):
+        run(tmp_path/'run', ['eps'], data=str(mine), **QUICK)
     assert not (tmp_path/'run'/'eps').exists()
 
 
 @pytest.mark.parametrize('name', ['resnet38', 'resnet50'])
 def test_networks_of_the_paper_by_name(name):
-    with torch.device('meta'): backbone = stages.make_backbone(CamTraining(backbone=name))
+    with torch.device('meta'):
+        backbone = stages.make_backbone(CamTraining(backbone=name))
     assert backbone.channels[-1] == {'resnet38': 4096, 'resnet50': 2048}[name] and backbone.stride == 8
 
 
@@ -343,7 +367,8 @@ def test_scenes_are_repeatable(tmp_path):
     assert ppc('scenes', tmp_path/'a', '--train', 3, '--val', 1).exit_code == 0
     assert ppc('scenes', tmp_path/'b', '--train', 3, '--val', 1).exit_code == 0
     for f in sorted((tmp_path/'a').rglob('*.*')):
-        if f.is_file(): assert f.read_bytes() == (tmp_path/'b'/f.relative_to(tmp_path/'a')).read_bytes()
+        if f.is_file():
+            assert f.read_bytes() == (tmp_path/'b'/f.relative_to(tmp_path/'a')).read_bytes()
     assert ppc('scenes', tmp_path/'a', '--train', 3, '--val', 1).exit_code == 0
     other = ppc('scenes', tmp_path/'a', '--train', 4)
     assert other.exit_code == 1 and 'choose another folder' in other.output

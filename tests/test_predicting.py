@@ -8,17 +8,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from torch.nn import functional as F
 from ppc.cam import Maps
-from ppc.crf import seed, write_masks
+from ppc.crf import seed_mask, write_masks
 from ppc.data import DataError, TagFolder, normalise, read_image, read_mask, voc_palette
 from ppc.deeplab import write_predictions
 from ppc.inference import read_cam, write_cams
 from ppc.pipeline import run, trained_segmenter
 from ppc.plots import legend, overlay
-from ppc.predicting import CamModel, SegmenterModel, areas, find_images, load, mask_of, predict_images, read_names, tags_of
+from ppc.predicting import (
+    CamModel,
+    SegmenterModel,
+    areas,
+    find_photographs,
+    load_model,
+    mask_of,
+    predict_images,
+    read_names,
+    tags_of,
+)
 from ppc.stages import read_json
 
 METHODS = ['cam', 'seam+ppc']
@@ -58,7 +69,7 @@ def photo(path, size=(60, 40), **more):
 # --- the same masks as the run -------------------------------------------------------------------------------------------------
 
 def test_a_segmenter_repeats_its_run(done, scenes, tmp_path):
-    model, data = load(done), TagFolder(scenes, 'val')
+    model, data = load_model(done), TagFolder(scenes, 'val')
     assert isinstance(model, SegmenterModel) and model.classes == data.classes and 'CRF' in str(model)
     write_predictions(model.network, data, tmp_path/'one', model.recipe.scales, batch_size=1, pairwise=model.recipe.pairwise)   # the run's function
     assert all(torch.equal(a, b) for a, b in zip(model.network.state_dict().values(), trained_segmenter(done).state_dict().values()))
@@ -73,7 +84,7 @@ def test_a_segmenter_repeats_its_run(done, scenes, tmp_path):
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('use_crf', [True, False])
 def test_cams_repeat_their_run(done, scenes, tmp_path, method, use_crf):
-    model, data = load(done/method, use_crf), TagFolder(scenes)
+    model, data = load_model(done/method, use_crf), TagFolder(scenes)
     threshold = read_json(done/method/'seeds'/'metrics.json')['threshold']
     assert isinstance(model, CamModel) and model.threshold == threshold and model.scales == [.5, 1.] and (model.network.refine is not None) == ('seam' in method)
     data.ids = data.ids[:6]
@@ -84,16 +95,17 @@ def test_cams_repeat_their_run(done, scenes, tmp_path, method, use_crf):
     for i in data.ids:
         mask = read_mask(tmp_path/'out'/'masks'/f'{i}.png')
         assert (mask == read_mask(tmp_path/'one'/f'{i}.png')).all()
-        own = read_mask(done/method/'crf'/f'{i}.png') if use_crf else seed(*read_cam(done/method/'cams-train'/f'{i}.npz'), threshold)
+        own = read_mask(done/method/'crf'/f'{i}.png') if use_crf else seed_mask(*read_cam(done/method/'cams-train'/f'{i}.npz'), threshold)
         assert (mask == own).mean() > .995
     assert any(read_mask(tmp_path/'out'/'masks'/f'{i}.png').any() for i in data.ids)
 
 
 def test_without_the_crf_a_segmenter_takes_the_best_logit(done, scenes):
-    model, image = load(done, crf=False), TagFolder(scenes).image(0)
-    with torch.no_grad(): logits = [F.interpolate(model.network(x), (128, 128), mode='bilinear', align_corners=True) for x in (normalise(image)[None], normalise(image)[None].flip(-1))]
+    model, image = load_model(done, crf=False), TagFolder(scenes).image(0)
+    with torch.no_grad():
+        logits = [F.interpolate(model.network(x), (128, 128), mode='bilinear', align_corners=True) for x in (normalise(image)[None], normalise(image)[None].flip(-1))]
     want = (logits[0] + logits[1].flip(-1))[0].argmax(0).numpy()
-    assert (model(image) == want).mean() > .999 and (load(done)(image) != want).mean() > .001
+    assert (model(image) == want).mean() > .999 and (load_model(done)(image) != want).mean() > .001
     assert 'no CRF' in str(model)
 
 
@@ -101,7 +113,7 @@ def test_without_the_crf_a_segmenter_takes_the_best_logit(done, scenes):
 
 def test_guessed_tags(done, scenes):
     "A classifier that says yes to foxes alone, and one that says no to all: features are positive, so the sign of the weights decides."
-    model, image = load(done/'cam'), TagFolder(scenes).image(0)
+    model, image = load_model(done/'cam'), TagFolder(scenes).image(0)
     with torch.no_grad():
         model.network.classifier.weight.fill_(-1)
         assert not model(image).any()
@@ -112,14 +124,15 @@ def test_guessed_tags(done, scenes):
 
 def test_guessing_asks_every_scale_and_the_mirror(done, scenes):
     "To the letter: the mean of the pooled maps of each view, at least 0."
-    model, data = load(done/'seam+ppc', crf=False), TagFolder(scenes)
+    model, data = load_model(done/'seam+ppc', crf=False), TagFolder(scenes)
     for i in range(4):
         x, total = normalise(data.image(i))[None], np.zeros(6)
         with torch.no_grad():
             for side, flip in ((64, False), (64, True), (128, False), (128, True)):
                 view = F.interpolate(x, (side, side), mode='bilinear', align_corners=True)
                 maps = model.network(view.flip(-1) if flip else view).cam[0].double()
-                for c in range(1, 7): total[c - 1] += sum(float(v) for v in maps[c].flatten())/maps[c].numel()/4
+                for c in range(1, 7):
+                    total[c - 1] += sum(float(v) for v in maps[c].flatten())/maps[c].numel()/4
         assert abs(total).min() > 1e-4
         seen = [model.classes[1 + k] for k in range(6) if total[k] > 0]
         assert (model(data.image(i)) == model(data.image(i), seen)).all()
@@ -127,7 +140,9 @@ def test_guessing_asks_every_scale_and_the_mirror(done, scenes):
 
 class OneEyed(torch.nn.Module):
     "Says how bright the left half is to class 1, how dark to class 2; a quarter is where it changes its mind."
-    def __init__(self): super().__init__(); self.any = torch.nn.Parameter(torch.zeros(()))
+    def __init__(self):
+        super().__init__()
+        self.any = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
         left = (x[:, 0, :, :x.shape[-1]//2].mean((1, 2)) > 0).float()
@@ -146,17 +161,23 @@ def test_the_mirror_has_a_say():
 
 
 def test_tags_that_do_not_fit(done, tmp_path):
-    for name in 'ab': photo(tmp_path/'in'/f'{name}.jpg')
-    for model in (load(done/'cam'), Halves()):
-        with pytest.raises(ValueError, match="no class 'unicorn': choose from cat"): predict_images(model, [tmp_path/'in'], tmp_path/'out', ['unicorn'])
-        with pytest.raises(ValueError, match="'background'"): predict_images(model, [tmp_path/'in'], tmp_path/'out', {'a': ['cat'], 'b': ['background']})
-        with pytest.raises(ValueError, match="no tags for 'b'"): predict_images(model, [tmp_path/'in'], tmp_path/'out', {'a': ['cat']})
-    with pytest.raises(ValueError, match='takes no tags'): predict_images(load(done), [tmp_path/'in'], tmp_path/'out', ['cat'])
+    for name in 'ab':
+        photo(tmp_path/'in'/f'{name}.jpg')
+    for model in (load_model(done/'cam'), Halves()):
+        with pytest.raises(ValueError, match="no class 'unicorn': choose from cat"):
+            predict_images(model, [tmp_path/'in'], tmp_path/'out', ['unicorn'])
+        with pytest.raises(ValueError, match="'background'"):
+            predict_images(model, [tmp_path/'in'], tmp_path/'out', {'a': ['cat'], 'b': ['background']})
+        with pytest.raises(ValueError, match="no tags for 'b'"):
+            predict_images(model, [tmp_path/'in'], tmp_path/'out', {'a': ['cat']})
+    with pytest.raises(ValueError, match='takes no tags'):
+        predict_images(load_model(done), [tmp_path/'in'], tmp_path/'out', ['cat'])
     assert not (tmp_path/'out').exists()
 
 
 def test_tags_reach_their_photographs(tmp_path):
-    for name in ('a/1.jpg', 'b/1.jpg', 'b/2.png'): photo(tmp_path/'in'/name)
+    for name in ('a/1.jpg', 'b/1.jpg', 'b/2.png'):
+        photo(tmp_path/'in'/name)
     (tmp_path/'tags.csv').write_bytes('\ufeffimage,tags\r\na/1.jpg,cat dog\r\n1,dog\r\n\r\nb/2,\r\nsomebody else,cat\r\n'.encode())
     assert read_names(tmp_path/'tags.csv') == {'a/1': ['cat', 'dog'], '1': ['dog'], 'b/2': [], 'somebody else': ['cat']}
     model = Halves()
@@ -169,91 +190,107 @@ def test_tags_reach_their_photographs(tmp_path):
     (b'', 'line 1'), (b'a,cat\n', 'line 1'), (b'image,tags\na,cat,dog\n', 'line 2 has 3 columns'), (b'image,tags\na,cat\na.jpg,dog\n', "line 3 repeats image 'a'"),
     ('image,tags\nbär,cat\n'.encode('latin1'), 'UTF-8'), (None, 'is missing')])
 def test_bad_spreadsheet(tmp_path, content, words):
-    if content is not None: (tmp_path/'t.csv').write_bytes(content)
-    with pytest.raises(DataError, match=words): read_names(tmp_path/'t.csv')
+    if content is not None:
+        (tmp_path/'t.csv').write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_names(tmp_path/'t.csv')
 
 
 # --- models ---------------------------------------------------------------------------------------------------------------------
 
 def without(run, *stages):
-    for s in stages: (run/s/'metrics.json').unlink()
+    for s in stages:
+        (run/s/'metrics.json').unlink()
     return run
 
 
 def test_the_best_method_where_there_is_no_segmenter(copied):
     without(copied, 'segmenter')
     for best in METHODS:
-        for m in METHODS: (copied/m/'seeds'/'metrics.json').write_text(json.dumps({'miou': 50. if m == best else 40., 'threshold': .5 if m == best else .1}))
-        assert load(copied).threshold == .5 and (load(copied).network.refine is not None) == (best == 'seam+ppc')
+        for m in METHODS:
+            (copied/m/'seeds'/'metrics.json').write_text(json.dumps({'miou': 50. if m == best else 40., 'threshold': .5 if m == best else .1}))
+        assert load_model(copied).threshold == .5 and (load_model(copied).network.refine is not None) == (best == 'seam+ppc')
 
 
 def test_the_last_method_where_nothing_was_measured(copied):
     "And the default threshold; seeds that are not there yet count as not measured."
     without(copied, 'segmenter', 'cam/seeds')
     (copied/'seam+ppc'/'seeds'/'metrics.json').write_text('{"miou": null}')
-    assert load(copied).threshold == .25 and load(copied).network.refine is not None
+    assert load_model(copied).threshold == .25 and load_model(copied).network.refine is not None
     without(copied, 'seam+ppc/train')
-    assert load(copied).network.refine is None
+    assert load_model(copied).network.refine is None
     without(copied, 'cam/train')
-    with pytest.raises(DataError, match='no trained network yet'): load(copied)
+    with pytest.raises(DataError, match='no trained network yet'):
+        load_model(copied)
 
 
 @pytest.mark.parametrize('told, used', [(dict(crf=False), True), (dict(crf=False, refine='psa'), False), (dict(refine='none'), True)])
 def test_the_crf_of_seeds_is_the_runs(copied, told, used):
     config = read_json(copied/'config.json')
     (copied/'config.json').write_text(json.dumps(config | {'threshold': .4} | told))
-    assert (load(copied/'cam').pairwise is not None) == used and load(copied/'cam').threshold == .4
+    assert (load_model(copied/'cam').pairwise is not None) == used and load_model(copied/'cam').threshold == .4
 
 
 @pytest.mark.parametrize('place', ['nowhere', '', 'segmenter', 'cam/train', 'masks'])
 def test_what_is_no_model(done, tmp_path, place):
-    with pytest.raises(DataError, match='is no run: give the folder of a run'): load(done/place if place else tmp_path)
+    with pytest.raises(DataError, match='is no run: give the folder of a run'):
+        load_model(done/place if place else tmp_path)
 
 
 def test_a_method_from_inside_its_folder(done, monkeypatch):
     monkeypatch.chdir(done/'seam+ppc')
-    assert load('.').network.refine is not None and load('..').recipe
+    assert load_model('.').network.refine is not None and load_model('..').recipe
 
 
 def test_a_run_outlives_its_data(copied, scenes):
     "Its own classes.txt comes first; where there is none and the dataset is gone, the sentence says what to do."
     config = read_json(copied/'config.json')
     (copied/'config.json').write_text(json.dumps(config | {'data': str(copied/'moved')}))
-    assert load(copied).classes == TagFolder(scenes).classes
+    assert load_model(copied).classes == TagFolder(scenes).classes
     (copied/'classes.txt').unlink()
     for path in (copied, copied/'cam'):
-        with pytest.raises(DataError, match='classes.txt is missing, and .*moved has gone'): load(path)
+        with pytest.raises(DataError, match='classes.txt is missing, and .*moved has gone'):
+            load_model(path)
     shutil.copy(scenes/'classes.txt', copied/'classes.txt')
-    for path in (copied, copied/'cam'): assert load(path).classes == TagFolder(scenes).classes
+    for path in (copied, copied/'cam'):
+        assert load_model(path).classes == TagFolder(scenes).classes
     (copied/'config.json').write_text(json.dumps(config))
     (copied/'classes.txt').write_text('background\na\nb\nc\nd\ne\nf\n')
-    for path in (copied, copied/'cam'): assert load(path).classes == ['background', *'abcdef']
+    for path in (copied, copied/'cam'):
+        assert load_model(path).classes == ['background', *'abcdef']
     (copied/'classes.txt').write_text('background\ncat\n')
-    with pytest.raises(DataError, match='weights.safetensors has'): load(copied/'cam')
+    with pytest.raises(DataError, match='weights.safetensors has'):
+        load_model(copied/'cam')
 
 
 def test_damaged_files_of_a_run_are_named(copied):
     for stage, place in (('segmenter', copied), ('cam/train', copied/'cam')):
         path = copied/stage/'weights.safetensors'
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(DataError, match='weights.safetensors cannot be read'): load(place)
+        with pytest.raises(DataError, match='weights.safetensors cannot be read'):
+            load_model(place)
     (copied/'config.json').write_text('{"methods"')
-    with pytest.raises(DataError, match='config.json is damaged'): load(copied)
+    with pytest.raises(DataError, match='config.json is damaged'):
+        load_model(copied)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------------------
 
 def test_names(tmp_path):
     there = ['x/1.jpg', 'x/1.png', 'x/deep/1.JPEG', 'y/1.jpg', 'y/on the beach, späť 猫.Png', 'y/.1.jpg', 'y/._1.jpg', '.trash/1.jpg', 'y/notes.txt', 'y/film.mp4']
-    for name in there: (tmp_path/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/name).touch()
+    for name in there:
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).touch()
     (tmp_path/'y'/'album.jpg').mkdir()
-    find = lambda *paths: [*find_images([tmp_path/p for p in paths], tmp_path/'out')]
+    find = lambda *paths: [*find_photographs([tmp_path/p for p in paths], tmp_path/'out')]
     assert find('x', 'y') == find('.') == ['x/1.jpg', 'x/1.png', 'x/deep/1', 'y/1', 'y/on the beach, späť 猫']
     assert find('x/1.jpg', 'x/1.jpg') == find('x/1.jpg') == ['1'] and find('x/deep', 'x/deep/1.JPEG') == ['1']
     assert find('x/1.jpg', 'y/1.jpg') == ['x/1', 'y/1'] and find('y/film.mp4') == ['film']   # who names a file means it
-    with pytest.raises(DataError, match='no photographs'): find_images(iter([]), tmp_path)
+    with pytest.raises(DataError, match='no photographs'):
+        find_photographs(iter([]), tmp_path)
     for path, words in (('z', 'z is missing'), ('y/album.jpg', 'album.jpg holds no photographs')):
-        with pytest.raises(DataError, match=words): find('x', path)
+        with pytest.raises(DataError, match=words):
+            find('x', path)
 
 
 NAMES = st.lists(st.tuples(st.sampled_from(['', 'a/', 'b/', 'a/a/']), st.sampled_from('12'), st.sampled_from(['', '.jpg', '.png']), st.sampled_from(['.jpg', '.png', '.JPG'])),
@@ -265,11 +302,14 @@ NAMES = st.lists(st.tuples(st.sampled_from(['', 'a/', 'b/', 'a/a/']), st.sampled
 def test_no_mask_takes_the_place_of_another(parts):
     with tempfile.TemporaryDirectory() as root:
         files = {Path(root)/''.join(p) for p in parts}
-        for f in files: f.parent.mkdir(parents=True, exist_ok=True); f.touch()
-        found = find_images([root], Path(root)/'out')
+        for f in files:
+            f.parent.mkdir(parents=True, exist_ok=True)
+            f.touch()
+        found = find_photographs([root], Path(root)/'out')
         assert set(found.values()) == files and len(found) == len(files)   # names are a dict's keys: were two the same, one would be missing
         assert not any(Path(n).is_absolute() or '..' in Path(n).parts for n in found)
-        for name, file in found.items(): assert file.as_posix().startswith(f'{file.parent.as_posix()}/{Path(name).name}')
+        for name, file in found.items():
+            assert file.as_posix().startswith(f'{file.parent.as_posix()}/{Path(name).name}')
 
 
 def test_results_are_no_photographs(tmp_path):
@@ -288,7 +328,8 @@ def test_files(tmp_path):
     table, problems = predict_images(Halves(), [tmp_path/'in'], tmp_path/'out')
     assert problems == [] and sorted(p.relative_to(tmp_path/'out').as_posix() for p in (tmp_path/'out').rglob('*') if p.is_file()) == [
         'areas.csv', 'masks/a.png', 'masks/sub dir/ü.png', 'overlays/a.png', 'overlays/sub dir/ü.png']
-    with Image.open(tmp_path/'out'/'masks'/'a.png') as im: assert im.mode == 'P' and np.reshape(im.getpalette(), (-1, 3))[:3].tolist() == voc_palette(3).tolist()
+    with Image.open(tmp_path/'out'/'masks'/'a.png') as im:
+        assert im.mode == 'P' and np.reshape(im.getpalette(), (-1, 3))[:3].tolist() == voc_palette(3).tolist()
     assert read_mask(tmp_path/'out'/'masks'/'sub dir'/'ü.png').shape == (20, 31)
     rows = [('a', 'background', 1200, .5), ('a', 'dog', 1200, .5), ('sub dir/ü', 'background', 300, 15/31), ('sub dir/ü', 'dog', 320, 16/31)]
     assert [*table.itertuples(index=False, name=None)] == rows
@@ -306,14 +347,16 @@ def test_areas_are_counts(h, w, n):
 
 
 def test_broken_ones_among_good_ones(tmp_path):
-    for name in 'ace': photo(tmp_path/'in'/f'{name}.jpg')
+    for name in 'ace':
+        photo(tmp_path/'in'/f'{name}.jpg')
     (tmp_path/'in'/'b.jpg').write_bytes((tmp_path/'in'/'a.jpg').read_bytes()[:900])
     (tmp_path/'in'/'d.png').write_text('no picture')
     (tmp_path/'in'/'f.jpg').write_bytes(b'')
     (tmp_path/'in'/'g.jpg').symlink_to(tmp_path/'gone.jpg')
     table, problems = predict_images(Halves(), [tmp_path/'in'], tmp_path/'out')
     assert [*table.image.unique()] == ['a', 'c', 'e'] and len(problems) == 4
-    for name, told in zip(('b.jpg', 'd.png', 'f.jpg', 'g.jpg'), problems): assert str(tmp_path/'in'/name) in told and 'cannot be read' in told
+    for name, told in zip(('b.jpg', 'd.png', 'f.jpg', 'g.jpg'), problems):
+        assert str(tmp_path/'in'/name) in told and 'cannot be read' in told
     assert sorted(p.name for p in (tmp_path/'out'/'masks').iterdir()) == ['a.png', 'c.png', 'e.png']
     only, problems = predict_images(Halves(), [tmp_path/'in'/'f.jpg'], tmp_path/'none')
     assert len(only) == 0 and len(problems) == 1 and (tmp_path/'none'/'areas.csv').read_text() == 'image,class,pixels,fraction\n'
@@ -327,22 +370,25 @@ def test_one_that_is_too_large_for_the_memory(tmp_path):
 
     class Trouble(Halves):
         def __call__(self, image, tags=None):
-            if image.width > 60: trouble()
+            if image.width > 60:
+                trouble()
             return super().__call__(image)
     photo(tmp_path/'in'/'a.jpg'), photo(tmp_path/'in'/'b.jpg', (90, 40)), photo(tmp_path/'in'/'c.jpg')
     for trouble in troubles:
         table, problems = predict_images(Trouble(), [tmp_path/'in'], tmp_path/'out')
         assert [*table.image.unique()] == ['a', 'c'] and len(problems) == 1 and 'b.jpg needs more memory' in problems[0] and 'limit' in problems[0]
     trouble = lambda: raises(RuntimeError('mat1 and mat2 shapes cannot be multiplied'))
-    with pytest.raises(RuntimeError, match='mat1'): predict_images(Trouble(), [tmp_path/'in'], tmp_path/'out')
+    with pytest.raises(RuntimeError, match='mat1'):
+        predict_images(Trouble(), [tmp_path/'in'], tmp_path/'out')
 
 
 @pytest.mark.parametrize('kind', ['done', 'done/cam'])
 def test_every_way_to_store_a_picture(done, scenes, tmp_path, kind):
     "Grey, CMYK, with transparency, with a palette, turned by EXIF, of a single pixel: a mask of the upright size."
-    model, picture, root = load(done/Path(kind).relative_to('done')), TagFolder(scenes).image(0).resize((90, 60)), tmp_path/'in'
+    model, picture, root = load_model(done/Path(kind).relative_to('done')), TagFolder(scenes).image(0).resize((90, 60)), tmp_path/'in'
     root.mkdir()
-    for mode, ending in (('L', 'jpg'), ('CMYK', 'jpg'), ('P', 'png'), ('1', 'png'), ('LA', 'png'), ('RGBA', 'png')): picture.convert(mode).save(root/f'{mode}.{ending}')
+    for mode, ending in (('L', 'jpg'), ('CMYK', 'jpg'), ('P', 'png'), ('1', 'png'), ('LA', 'png'), ('RGBA', 'png')):
+        picture.convert(mode).save(root/f'{mode}.{ending}')
     exif = picture.getexif()
     for orientation, back in ((6, Image.ROTATE_90), (8, Image.ROTATE_270), (3, Image.ROTATE_180), (2, Image.FLIP_LEFT_RIGHT)):
         exif[ExifTags.Base.Orientation] = orientation
@@ -354,8 +400,10 @@ def test_every_way_to_store_a_picture(done, scenes, tmp_path, kind):
     for f in root.iterdir():
         mask = read_mask(tmp_path/'out'/'masks'/f'{f.stem}.png')
         assert mask.shape == read_image(f).size[::-1] == ((1, 1) if f.stem == 'pixel' else (60, 90))
-        if f.stem.startswith('turned'): assert (mask == read_mask(tmp_path/'out'/'masks'/'upright.png')).all()
-    for image, rows in table.groupby('image'): assert rows.pixels.sum() == (1 if image == 'pixel' else 5400) and abs(rows.fraction.sum() - 1) < 1e-12
+        if f.stem.startswith('turned'):
+            assert (mask == read_mask(tmp_path/'out'/'masks'/'upright.png')).all()
+    for image, rows in table.groupby('image'):
+        assert rows.pixels.sum() == (1 if image == 'pixel' else 5400) and abs(rows.fraction.sum() - 1) < 1e-12
 
 
 @pytest.mark.parametrize('size, limit, shown', [
@@ -369,13 +417,14 @@ def test_large_photographs_are_segmented_small(size, limit, shown):
 
 def test_a_telephones_photograph(done, scenes, tmp_path):
     "Twelve million pixels, as they come: a mask of all of them, the one of the small photograph."
-    model, image = load(done/'cam'), TagFolder(scenes).image(0)
+    model, image = load_model(done/'cam'), TagFolder(scenes).image(0)
     image.resize((4000, 3000), Image.BICUBIC).save(tmp_path/'large.jpg', quality=95)
     predict_images(model, [tmp_path/'large.jpg'], tmp_path/'out', ['cat', 'panda'], limit=128)
     mask, small = read_mask(tmp_path/'out'/'masks'/'large.png'), model(image.resize((128, 96)), ['cat', 'panda'])
     assert mask.shape == (3000, 4000)
     assert (np.asarray(Image.fromarray(mask).resize((128, 96), Image.NEAREST)) == small).mean() > .9
-    with Image.open(tmp_path/'out'/'overlays'/'large.png') as im: assert im.width == 1600 and 1200 < im.height < 1400
+    with Image.open(tmp_path/'out'/'overlays'/'large.png') as im:
+        assert im.width == 1600 and 1200 < im.height < 1400
 
 
 # --- overlays -------------------------------------------------------------------------------------------------------------------
@@ -395,8 +444,10 @@ def test_overlay(size):
     width, height = round(w*s), round(h*s)
     assert seen.shape[1] == width if max(size) >= 500 else seen.shape[1] >= width
     assert (seen[:height//4 - 3, :width] == grey).all() and (seen[:height, :width//4 - 3] == grey).all()
-    for k, y, x in ((3, .375, .7), (2, .75, .375)): assert abs(seen[int(y*height), int(x*width)] - (grey + voc_palette()[k])/2).max() <= 1
-    for y, x in ((.25, .6), (.5, .3)): assert (seen[int(y*height) - 3:int(y*height) + 3, int(x*width)] == 255).all(-1).any()
+    for k, y, x in ((3, .375, .7), (2, .75, .375)):
+        assert abs(seen[int(y*height), int(x*width)] - (grey + voc_palette()[k])/2).max() <= 1
+    for y, x in ((.25, .6), (.5, .3)):
+        assert (seen[int(y*height) - 3:int(y*height) + 3, int(x*width)] == 255).all(-1).any()
     below = seen[height:]
     assert below.shape[0] >= 28 and (below[0] == 255).all()
     found = {k for k in range(1, 5) if (below == voc_palette()[k]).all(-1).sum() >= 12*12}
@@ -410,7 +461,8 @@ def test_overlay_of_nothing_and_of_the_unknown():
         image = Image.new('RGB', mask.shape[::-1], (10, 20, 30))
         seen = np.asarray(overlay(image, mask, ZOO))
         assert seen.shape[0] >= mask.shape[0] + 28 and (seen[mask.shape[0]:] < 100).any()   # something is written
-        if colour is None: assert (seen[:30] == (10, 20, 30)).all() and (seen[30:] == np.asarray(legend(['nothing found'], [(255, 255, 255)], 200, 14))).all()
+        if colour is None:
+            assert (seen[:30] == (10, 20, 30)).all() and (seen[30:] == np.asarray(legend(['nothing found'], [(255, 255, 255)], 200, 14))).all()
 
 
 @given(st.lists(st.sampled_from(['cat', 'Bär', 'жираф', 'aardvark of the savannah', 'x'*60]), min_size=1, max_size=30), st.integers(1, 900), st.integers(8, 40))
@@ -425,6 +477,8 @@ def test_legend_holds_every_entry(names, width, size):
         assert len(x) == (size - 2)**2 and x.max() - x.min() == y.max() - y.min() == size - 3   # inside its black border
         lines.setdefault(y.min(), []).append((x.min(), x.max()))
     assert sheet.shape[1] >= width and not (sheet[:, -1] < 100).any()   # the last letter ends before the edge
-    for squares in lines.values(): assert len(squares) == 1 or max(squares)[1] < width
-    if sheet.shape[1] > width: assert any(len(squares) == 1 for squares in lines.values())
+    for squares in lines.values():
+        assert len(squares) == 1 or max(squares)[1] < width
+    if sheet.shape[1] > width:
+        assert any(len(squares) == 1 for squares in lines.values())
     assert sheet.shape[0] == math.ceil(len(lines)*(size + size//2)) - size//2 + 2*(size//2)

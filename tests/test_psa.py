@@ -4,18 +4,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from test_walk import literal_neighbours, literal_walk
 from ppc import crf, psa
 from ppc.backbones import ResNet, ResNet38, Timm, Tiny
 from ppc.data import DataError, TagFolder, read_mask, write_mask
 from ppc.inference import write_cam
-from ppc.psa import (OFFICIAL, PSA, PSAS, SEAM, AffinityNet, Psa, affinity_labels, affinity_loss, at_neighbours, behind, majority, pair_affinity,
-                     train_affinity, walked_mask, write_affinity_labels, write_psa_masks)
-from test_walk import literal_neighbours, literal_walk
+from ppc.psa import (
+    PSA_AUTHORS,
+    PSA_OFFICIAL,
+    PSA_PRESETS,
+    PSA_SEAM,
+    AffinityNet,
+    PsaOptions,
+    affinity_labels,
+    affinity_loss,
+    behind,
+    majority_label,
+    pair_affinity,
+    shift_to_neighbours,
+    train_affinity,
+    walked_mask,
+    write_affinity_labels,
+    write_psa_masks,
+)
 
 seeds = st.integers(0, 2**31)
-TINY = replace(PSA, crop=64, optimizer='AdamW', lr=1e-3, epochs=1, batch_size=4, t=4)
+TINY = replace(PSA_AUTHORS, crop=64, optimizer='AdamW', lr=1e-3, epochs=1, batch_size=4, t=4)
 
 
 def close(a, b): torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
@@ -44,7 +61,7 @@ def test_labels_are_the_literal_ones(P, H, W, low, high, seed):
         m.setattr('ppc.crf.crf_scores', lambda image, scores, pairwise: scores)
         m.setattr(psa, 'crf', lambda image, labels, classes, pairwise: labels if classes == 7 else None)
         for unary in ('soft', 'hard'):
-            got = affinity_labels(image, scores, present, 7, Psa(unary=unary, low=low, high=high))
+            got = affinity_labels(image, scores, present, 7, PsaOptions(unary=unary, low=low, high=high))
             assert got.dtype == np.uint8 and (got == want).all()
 
 
@@ -53,7 +70,7 @@ def test_labels_with_the_crf():
     y, x = np.mgrid[:48, :64]
     d = np.hypot(y - 24, x - 32)
     image = np.where((d < 16)[..., None], (220, 160, 60), (30, 60, 90)).astype(np.uint8)
-    for o in PSAS.values():
+    for o in PSA_PRESETS.values():
         got = affinity_labels(image, (1 - d/22).clip(0, 1)[None].astype(np.float32), np.array([3]), 7, o)
         assert set(np.unique(got)) <= {0, 3, 255}
         assert (got[d < 10] == 3).all() and (got[d > 24] == 0).all()
@@ -61,7 +78,7 @@ def test_labels_with_the_crf():
 
 def test_labels_of_little():
     grey, none = np.full((5, 4, 3), 90, np.uint8), np.zeros((1, 5, 4), np.float32)
-    for o in PSAS.values():
+    for o in PSA_PRESETS.values():
         assert (affinity_labels(grey, none[:0], [], 7, o) == 0).all()           # no tag
         assert (affinity_labels(grey, none, [2], 7, o) == 0).all()              # an empty channel
         assert (affinity_labels(grey, none + 1, [2], 7, o) == 2).all()          # a full one
@@ -72,13 +89,15 @@ def test_labels_of_little():
 @pytest.mark.parametrize('wrong, words', [
     (dict(unary='soft?'), 'unary'), (dict(background='rest'), 'background'), (dict(low=9, high=8), 'low is 9'), (dict(radius=1), 'radius')])
 def test_options_that_cannot_be(wrong, words):
-    with pytest.raises(ValueError, match=words): Psa(**wrong)
+    with pytest.raises(ValueError, match=words):
+        PsaOptions(**wrong)
 
 
 def test_recipes_are_those_of_the_facts():
-    assert (PSA.high, PSA.level, PSA.t, PSA.lr) == (32, 16, 256, .1) and (SEAM.high, SEAM.level, SEAM.t, SEAM.lr) == (24, 6, 64, .01)
-    assert (OFFICIAL.unary, OFFICIAL.background, OFFICIAL.level, OFFICIAL.t, OFFICIAL.lr) == ('hard', 'constant', .27, 64, .01)
-    for o in (PSA, SEAM, OFFICIAL): assert (o.low, o.radius, o.beta, o.epochs, o.batch_size, o.crop, o.weight_decay) == (4, 5, 8, 8, 8, 448, 5e-4)
+    assert (PSA_AUTHORS.high, PSA_AUTHORS.level, PSA_AUTHORS.t, PSA_AUTHORS.lr) == (32, 16, 256, .1) and (PSA_SEAM.high, PSA_SEAM.level, PSA_SEAM.t, PSA_SEAM.lr) == (24, 6, 64, .01)
+    assert (PSA_OFFICIAL.unary, PSA_OFFICIAL.background, PSA_OFFICIAL.level, PSA_OFFICIAL.t, PSA_OFFICIAL.lr) == ('hard', 'constant', .27, 64, .01)
+    for o in (PSA_AUTHORS, PSA_SEAM, PSA_OFFICIAL):
+        assert (o.low, o.radius, o.beta, o.epochs, o.batch_size, o.crop, o.weight_decay) == (4, 5, 8, 8, 8, 448, 5e-4)
 
 
 # --- labels on the grid, affinities, loss --------------------------------------------------------------------------------------
@@ -92,7 +111,8 @@ def literal_majority(mask, h, w):
             for j in range(w):
                 block = mask[n, i*a:i*a + a, j*b:j*b + b].flatten().tolist()
                 for v in set(block):
-                    if block.count(v) > a*b/2: out[n, i, j] = v
+                    if block.count(v) > a*b/2:
+                        out[n, i, j] = v
     return out
 
 
@@ -104,8 +124,9 @@ def some_mask(*size): return torch.tensor([0, 0, 1, 4, 255], dtype=torch.uint8)[
 def test_majority_is_the_literal_one(H, W, stride, two, seed):
     torch.manual_seed(seed)
     mask, size = some_mask(2, H, W), (-(-H//stride), -(-W//stride))
-    if two: mask = mask.clamp(max=1)*3   # majorities are rare among many values
-    assert torch.equal(majority(mask, size), literal_majority(mask, *size))
+    if two:
+        mask = mask.clamp(max=1)*3   # majorities are rare among many values
+    assert torch.equal(majority_label(mask, size), literal_majority(mask, *size))
 
 
 def literal_affinity(f, radius):
@@ -121,9 +142,12 @@ def literal_loss(f, labels, radius):
     kinds, offsets = {'bg': [], 'fg': [], 'neg': []}, literal_neighbours(radius)
     for (n, k, y, x), a in literal_affinity(f, radius).items():
         p, q = labels[n, y, x].item(), labels[n, y + offsets[k][0], x + offsets[k][1]].item()
-        if 255 in (p, q): continue
-        if p != q: kinds['neg'].append(-torch.log(1 + 1e-5 - a))
-        else: kinds['fg' if p else 'bg'].append(-torch.log(a + 1e-5))
+        if 255 in (p, q):
+            continue
+        if p != q:
+            kinds['neg'].append(-torch.log(1 + 1e-5 - a))
+        else:
+            kinds['fg' if p else 'bg'].append(-torch.log(a + 1e-5))
     return {k: weight*(sum(kinds[k]) + f.sum()*0)/(len(kinds[k]) + 1e-5) for k, weight in (('bg', 1/4), ('fg', 1/4), ('neg', 1/2))}
 
 
@@ -134,10 +158,12 @@ def test_loss_is_the_literal_one(N, D, h, w, radius, stride, seed):
     torch.manual_seed(seed)
     f, mask = torch.randn(N, D, h, w, dtype=torch.float64, requires_grad=True), some_mask(N, h*stride, w*stride)
     affinity = pair_affinity(f, radius)
-    for at, a in literal_affinity(f, radius).items(): close(affinity[at], a)
+    for at, a in literal_affinity(f, radius).items():
+        close(affinity[at], a)
     got, want = affinity_loss(affinity, mask, radius), literal_loss(f, literal_majority(mask, h, w), radius)
     assert list(got) == list(want)
-    for k in want: close(got[k], want[k])
+    for k in want:
+        close(got[k], want[k])
     g, l = (torch.autograd.grad(sum(x.values()), f, retain_graph=True)[0] for x in (got, want))
     close(g, l)
 
@@ -150,8 +176,10 @@ def test_what_is_outside_or_unsure_takes_no_part():
     for k, (dy, dx) in enumerate(literal_neighbours(5)):
         for y in range(6):
             for x in range(7):
-                if y < 3 or y + dy >= 6 or not 0 <= x + dx < 7: affinity[0, k, y, x] = .123
-    for k, v in affinity_loss(affinity, mask, 5).items(): torch.testing.assert_close(v, want[k])
+                if y < 3 or y + dy >= 6 or not 0 <= x + dx < 7:
+                    affinity[0, k, y, x] = .123
+    for k, v in affinity_loss(affinity, mask, 5).items():
+        torch.testing.assert_close(v, want[k])
 
 
 @pytest.mark.parametrize('value, kinds', [(255, set()), (0, {'bg'}), (3, {'fg'})])
@@ -195,7 +223,8 @@ def test_any_backbone_learns_along(make):
 
 
 def test_widths_are_the_papers():
-    with torch.device('meta'): net = AffinityNet(ResNet38())
+    with torch.device('meta'):
+        net = AffinityNet(ResNet38())
     assert [m.out_channels for m in net.reduce] == [64, 128, 256] and net.mix.weight.shape == (448, 448, 1, 1)
     small = AffinityNet(Tiny())
     assert [m.out_channels for m in small.reduce] == [24, 36, 48]
@@ -217,11 +246,12 @@ def literal_mask(scores, present, affinity, stride, o):
             v, u = (min(max((p + .5)/stride - .5, 0), n - 1) for p, n in ((y, h), (x, w)))
             i, j = int(v), int(u)
             for q, dy in ((min(i + 1, h - 1), v - i), (i, 1 - v + i)):
-                for r, dx in ((min(j + 1, w - 1), u - j), (j, 1 - u + j)): up[:, y, x] += dy*dx*walked[:, q, r].numpy()
+                for r, dx in ((min(j + 1, w - 1), u - j), (j, 1 - u + j)):
+                    up[:, y, x] += dy*dx*walked[:, q, r].numpy()
     return best(up, [0, *present]), up
 
 
-@pytest.mark.parametrize('o', [replace(o, t=5) for o in PSAS.values()], ids=list(PSAS))
+@pytest.mark.parametrize('o', [replace(o, t=5) for o in PSA_PRESETS.values()], ids=list(PSA_PRESETS))
 @pytest.mark.parametrize('H, W', [(16, 24), (13, 18), (3, 5), (1, 1)])
 def test_masks_are_the_literal_ones(H, W, o):
     torch.manual_seed(H)
@@ -235,11 +265,12 @@ def test_masks_are_the_literal_ones(H, W, o):
 
 def test_masks_of_little():
     affinity = torch.rand(34, 2, 3)
-    for o in PSAS.values():
+    for o in PSA_PRESETS.values():
         assert (walked_mask(np.zeros((0, 11, 20), np.float32), np.zeros(0, np.uint8), affinity, 8, o) == 0).all()     # no tag: all background
         assert (walked_mask(np.zeros((1, 11, 20), np.float32), [4], affinity, 8, o) == 0).all()                       # an empty channel
         assert (walked_mask(np.ones((1, 11, 20), np.float32), [4], affinity, 8, o) == 4).all()
-    with pytest.raises(ValueError, match='for radius 3'): walked_mask(np.ones((1, 16, 24), np.float32), [4], affinity, 8, replace(PSA, radius=3))
+    with pytest.raises(ValueError, match='for radius 3'):
+        walked_mask(np.ones((1, 16, 24), np.float32), [4], affinity, 8, replace(PSA_AUTHORS, radius=3))
 
 
 @pytest.fixture
@@ -252,7 +283,8 @@ def odd(mine):
     (mine/'tags.csv').write_text('\n'.join(rows) + '\n')
     folder = TagFolder(mine)
     sizes = {0: (1, 1), 1: (30, 41), 2: (5, 100), 3: (67, 50), 4: (67, 50)}
-    for i, (h, w) in sizes.items(): Image.fromarray(np.random.default_rng(i).integers(0, 255, (h, w, 3), np.uint8)).save(folder.files[ids[i]])
+    for i, (h, w) in sizes.items():
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (h, w, 3), np.uint8)).save(folder.files[ids[i]])
     for i, name in enumerate(folder.ids):
         h, w = np.asarray(folder.image(i)).shape[:2]
         present = folder.tags[i].nonzero()[:, 0].numpy() + 1
@@ -289,7 +321,8 @@ def test_what_is_there_is_kept(odd):
     def masks(out): write_psa_masks(net, folder, root/'cams', out, TINY)
     for out, write in (('labels', labels), ('masks', masks)):
         write_mask(root/out/f'{folder.ids[2]}.png', np.full((2, 2), 9))
-        write(root/out); first = files(root/out)
+        write(root/out)
+        first = files(root/out)
         assert len(first) == len(folder) and (read_mask(root/out/f'{folder.ids[2]}.png') == 9).all()
         (root/out/f'{folder.ids[5]}.png').unlink()
         write(root/out)
@@ -302,27 +335,31 @@ def test_a_cam_of_another_size_is_named(odd):
     def labels(): write_affinity_labels(folder, root/'cams', root/'labels')
     def masks(): write_psa_masks(AffinityNet(Tiny()), folder, root/'cams', root/'masks', TINY)
     for write in (labels, masks):
-        with pytest.raises(DataError, match=rf'{folder.ids[6]}.npz is 30x20 but its image is 128x128'): write()
+        with pytest.raises(DataError, match=rf'{folder.ids[6]}.npz is 30x20 but its image is 128x128'):
+            write()
     (root/'cams'/f'{folder.ids[6]}.npz').unlink()
-    with pytest.raises(DataError, match='is missing'): labels()
+    with pytest.raises(DataError, match='is missing'):
+        labels()
 
 
 def test_processes_write_the_same_labels(odd, monkeypatch):
     root, folder = odd
-    write_affinity_labels(folder, root/'cams', root/'one', SEAM, workers=1)
-    monkeypatch.setattr(crf, 'FEW', 2)
-    write_affinity_labels(folder, root/'cams', root/'two', SEAM, workers=2)
+    write_affinity_labels(folder, root/'cams', root/'one', PSA_SEAM, workers=1)
+    monkeypatch.setattr(crf, 'MIN_PARALLEL', 2)
+    write_affinity_labels(folder, root/'cams', root/'two', PSA_SEAM, workers=2)
     assert files(root/'one') == files(root/'two')
 
 
 def test_nothing_sure_teaches_nothing(odd):
     "All masks 255: the loss is zero in every step, and training goes through."
     root, folder = odd
-    for i, name in enumerate(folder.ids): write_mask(root/'labels'/f'{name}.png', np.full(np.asarray(folder.image(i)).shape[:2], 255))
+    for i, name in enumerate(folder.ids):
+        write_mask(root/'labels'/f'{name}.png', np.full(np.asarray(folder.image(i)).shape[:2], 255))
     net = AffinityNet(Tiny())
     before = {k: v.clone() for k, v in net.state_dict().items()}
     train_affinity(net, folder, root/'labels', root/'train', replace(TINY, weight_decay=0.), device='cpu')
-    for k, v in net.state_dict().items(): assert torch.equal(v, before[k]), k
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, before[k]), k
 
 
 def test_one_seed_one_network(odd):
@@ -330,7 +367,8 @@ def test_one_seed_one_network(odd):
     write_affinity_labels(folder, root/'cams', root/'labels')
     states = []
     for out, seed in (('a', 0), ('b', 0), ('c', 1)):
-        torch.manual_seed(0); net = AffinityNet(Tiny())
+        torch.manual_seed(0)
+        net = AffinityNet(Tiny())
         train_affinity(net, folder, root/'labels', root/out, TINY, seed, device='cpu')
         states.append(net.state_dict()['mix.weight'])
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])

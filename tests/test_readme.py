@@ -16,7 +16,7 @@ from ppc.data import TagFolder, read_mask
 from ppc.pipeline import METHODS
 from ppc.scenes import scene
 from ppc.sweeps import grid, sweep
-from ppc.tables import numbers, over_seeds, renewed, table_in
+from ppc.tables import collect_numbers, over_seeds, read_table, update_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
@@ -43,7 +43,8 @@ def made_up(folder, n=30):
         path = folder/('photos' if i < n else 'more-photos')/f'IMG {i}.jpg'
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image[:, :112]).save(path)
-        if i < n: rows.append(f'IMG {i}.jpg,{" ".join(sorted({("snark", "boojum")[c % 2] for c in np.unique(mask[:, :112]) if c}))}')
+        if i < n:
+            rows.append(f'IMG {i}.jpg,{" ".join(sorted({("snark", "boojum")[c % 2] for c in np.unique(mask[:, :112]) if c}))}')
     (folder/'tags.csv').write_text('\n'.join(rows))
 
 
@@ -60,9 +61,11 @@ def test_own_photographs_in_five_commands(tmp_path):
         assert found.returncode == 0, f'{line}\n{found.stdout}\n{found.stderr}'
     data = TagFolder(tmp_path/'datasets'/'mine')
     assert data.classes == ['background', 'boojum', 'snark'] and len(data) == 30
-    for k, i in enumerate(data.ids): assert read_mask(tmp_path/'runs'/'mine'/'masks'/f'{i}.png').shape == (128, 112)
+    for k, i in enumerate(data.ids):
+        assert read_mask(tmp_path/'runs'/'mine'/'masks'/f'{i}.png').shape == (128, 112)
     assert (tmp_path/'runs'/'mine'/'run.ipynb').is_file()
-    for i in (30, 31, 32): assert read_mask(tmp_path/'predicted'/'masks'/f'IMG {i}.png').max() <= 2
+    for i in (30, 31, 32):
+        assert read_mask(tmp_path/'predicted'/'masks'/f'IMG {i}.png').max() <= 2
     assert 'image,class,pixels,fraction' in (tmp_path/'predicted'/'areas.csv').read_text()
 
 
@@ -74,7 +77,8 @@ def test_commands_of_the_papers_runs_exist():
         words = line.split()
         command = [w for w in words[1:] if w in ('data', 'voc', 'saliency', 'weights', 'plan', 'run')]
         text = CliRunner().invoke(app, [*command, '--help'], env={'COLUMNS': '200', 'TERM': 'dumb'}).output
-        for option in (w for w in words if w.startswith('-')): assert option in text, line
+        for option in (w for w in words if w.startswith('-')):
+            assert option in text, line
 
 
 def runs(name): return [json.loads((ROOT/'runs'/'results'/f'{name}-seed{seed}'/'metrics.json').read_text()) for seed in range(3)]
@@ -91,7 +95,8 @@ def results():
             'segmenter on val, learned from PSA': [r['segmentation_miou'] for r in demo], 'segmenter on val, learned from IRN': [r['segmentation_miou'] for r in irn]}
     def table(title, rows):
         lines = [f'| {title} | seed 0 | seed 1 | seed 2 | mean ± std |', '|---|---|---|---|---|']
-        for name, v in rows.items(): lines.append(f'| {name} | {" | ".join(f"{round(x, 1) + 0:.1f}" for x in v)} | {statistics.mean(v):.1f} ± {statistics.stdev(v):.1f} |')
+        for name, v in rows.items():
+            lines.append(f'| {name} | {" | ".join(f"{round(x, 1) + 0:.1f}" for x in v)} | {statistics.mean(v):.1f} ± {statistics.stdev(v):.1f} |')
         return '\n'.join(lines)
     return table('seed mIoU, %', seeds | minus), table('mIoU, %', best)
 
@@ -105,7 +110,8 @@ def test_speeds_are_those_of_the_bench():
 
 
 def test_results_are_those_of_the_runs():
-    for part in results(): assert part in README, part
+    for part in results():
+        assert part in README, part
 
 
 def test_photographs_are_those_of_the_runs():
@@ -121,25 +127,26 @@ def test_photographs_are_those_of_the_runs():
 
 
 def test_tables_are_made_from_their_runs():
-    assert renewed(README, ROOT) == README, 'run: ppc table README.md'
+    assert update_tables(README, ROOT) == README, 'run: ppc table README.md'
     shown = {root for root, _ in re.findall(r'<!-- ppc table (\S+) (.+?) -->', README)}
     assert len(shown) >= 7
     for root in shown:
-        table, found = table_in(ROOT/root)
+        table, found = read_table(ROOT/root)
         assert table.paper or Path(root).name.split('-')[0] in ('variance', 'longer')
         seeds = {json.dumps(r['settings'].get('chance') or r['settings'].get('seed')) for r in found}
         assert len(seeds) >= 3 or root.endswith('animals'), root
 
 
 def test_k_is_as_flat_as_its_runs():
-    table, found = table_in(ROOT/'runs'/'results'/'k')
-    means = over_seeds(numbers(found, table)).xs('train', level='column')['mean'][['K = 8', 'K = 16', 'K = 32', 'K = 64']]
+    table, found = read_table(ROOT/'runs'/'results'/'k')
+    means = over_seeds(collect_numbers(found, table)).xs('train', level='column')['mean'][['K = 8', 'K = 16', 'K = 32', 'K = 64']]
     assert f'Flat within {means.max() - means.min():.1f} points from 8 to 64' in README
 
 
 def test_results_name_no_machine():
     "Records of runs are of anybody's machine: no path from the root, and settings that a run can be told again."
-    for f in (ROOT/'runs'/'results').rglob('*.json'): assert not re.search(r'"(/|\.\./|~)', f.read_text()), f
+    for f in (ROOT/'runs'/'results').rglob('*.json'):
+        assert not re.search(r'"(/|\.\./|~)', f.read_text()), f
 
 
 def test_lines_for_slurm_fit():

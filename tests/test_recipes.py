@@ -6,10 +6,12 @@ import papermill
 import pytest
 import yaml
 from PIL import Image
+from test_coco import small_coco
+from test_voc import small_voc
 from ppc import cli
 from ppc.coco import make_coco
 from ppc.data import TagFolder, read_mask
-from ppc.folders import make_folder, report
+from ppc.folders import folder_report, make_folder
 from ppc.parameters import settings
 from ppc.pipeline import run
 from ppc.saliency import make_saliency, saliency_source
@@ -17,8 +19,6 @@ from ppc.scenes import CLASSES, scene
 from ppc.stages import affinity_options, contrast_reading, segmentation_recipe
 from ppc.training import Batches
 from ppc.voc import make_voc
-from test_coco import small_coco
-from test_voc import small_voc
 
 RECIPES = {p.stem: p for p in sorted((Path(__file__).parent.parent/'recipes').glob('*.yaml'))}
 pytestmark = [pytest.mark.filterwarnings('ignore:__array__ implementation'), pytest.mark.filterwarnings('ignore:This DataLoader will create')]
@@ -34,7 +34,8 @@ def small_own(folder, n=24):
         (folder/'images'/path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[:, :96]).save(folder/'images'/path)
         rows.append((path.as_posix(), ' '.join(sorted(words))))
-    with open(folder/'what.csv', 'w', newline='', encoding='utf-8-sig') as f: csv.writer(f, delimiter=';').writerows(rows)
+    with open(folder/'what.csv', 'w', newline='', encoding='utf-8-sig') as f:
+        csv.writer(f, delimiter=';').writerows(rows)
     return folder/'images', folder/'what.csv'
 
 
@@ -46,14 +47,15 @@ MAKE = {'voc': lambda root, there: make_voc(root, small_voc(there, archives=True
 def datasets(tmp_path_factory):
     "Kind -> dataset folder, made by what `ppc data` calls."
     roots = {kind: tmp_path_factory.mktemp('datasets')/kind for kind in MAKE}
-    for kind, make in MAKE.items(): make(roots[kind], tmp_path_factory.mktemp('originals'))
+    for kind, make in MAKE.items():
+        make(roots[kind], tmp_path_factory.mktemp('originals'))
     make_saliency(roots['voc'], 'train_aug')
     return roots
 
 
 @pytest.mark.parametrize('kind', MAKE)
 def test_datasets_are_whole(datasets, kind):
-    table, problems = report(datasets[kind])
+    table, problems = folder_report(datasets[kind])
     assert not [p for p in problems if 'no image is tagged' not in p and 'which no image' not in p]   # a few scenes have few of the classes
     lists = dict(voc={'train': 8, 'train_aug': 14, 'val': 6, 'test': 4}, coco={'train': 8, 'val': 16}, own={'train': 24})[kind]
     assert table.loc['images'].to_dict() == lists
@@ -64,7 +66,8 @@ def test_recipes_from_end_to_end(name, datasets, tmp_path):
     recipe = yaml.safe_load(RECIPES[name].read_text())
     out, methods, root = recipe.pop('out'), recipe.pop('methods'), datasets[name.split('_')[0]]
     for part in ('', 'refine_', 'seg_'):
-        if recipe.get(f'{part}backbone'): recipe |= {f'{part}backbone': 'tiny', f'{part}weights': ''}
+        if recipe.get(f'{part}backbone'):
+            recipe |= {f'{part}backbone': 'tiny', f'{part}weights': ''}
     learned = [k for k, there in (('refine_options', recipe['refine'] in ('psa', 'irn')), ('seg_options', True)) if there]
     recipe |= {'epochs': 2, **{k: {**recipe.get(k, {}), 'epochs': 2} for k in learned}}
     found = run(tmp_path/'run', methods, **recipe | {'data': str(root)})

@@ -7,14 +7,15 @@ import statistics
 from pathlib import Path
 import numpy as np
 import pytest
+from browser import browser  # a fixture
 from bs4 import BeautifulSoup
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
-from browser import browser   # a fixture
 from ppc.data import DataError, TagFolder, read_mask
 from ppc.pipeline import run
 from ppc.plots import colour_mask
-from ppc.report import find_runs, report_page, seeds_table, Run
+from ppc.report import Run, find_runs, report_page, seeds_table
 
 TINY = dict(closeups=32, pretrain_epochs=1, batch_size=4, seg_options=dict(batch_size=4, crop=64), crop=64, resize=[64, 96])
 
@@ -80,7 +81,8 @@ def test_same_bytes_twice(done, tmp_path): assert done[1].read_bytes() == report
 
 def test_large_photographs_are_small_on_the_page(done, tmp_path):
     shutil.copytree(done[0], tmp_path/'tiny')
-    for f in [*(tmp_path/'tiny'/'scenes'/'JPEGImages').iterdir(), *(tmp_path/'tiny'/'scenes'/'SegmentationClass').iterdir()]: Image.open(f).resize((900, 500), Image.NEAREST).save(f)
+    for f in [*(tmp_path/'tiny'/'scenes'/'JPEGImages').iterdir(), *(tmp_path/'tiny'/'scenes'/'SegmentationClass').iterdir()]:
+        Image.open(f).resize((900, 500), Image.NEAREST).save(f)
     page = report_page(tmp_path/'tiny', tmp_path/'page.html')
     rows = [[picture(i) for i in row.find_all('img')] for row in sound(page).select('.gallery tbody tr')]
     assert {p.size for row in rows for p in row[:2]} == {(160, 89)} and page.stat().st_size < 400_000
@@ -106,7 +108,8 @@ def test_data_moved_away(done, tmp_path):
 
 
 def test_without_masks(mine, tmp_path):
-    for d in ('SegmentationClass', 'Saliency', 'Parts', 'ImageSets'): shutil.rmtree(mine/d)
+    for d in ('SegmentationClass', 'Saliency', 'Parts', 'ImageSets'):
+        shutil.rmtree(mine/d)
     run(tmp_path/'run', ['cam'], data=str(mine), val_split='', **TINY)
     page = report_page(tmp_path/'run', tmp_path/'page.html')
     assert all(r[-1] == '–' for r in tables(page)['What came out'][1:]) and 'nothing was compared with masks' in sound(page).get_text()
@@ -115,13 +118,16 @@ def test_without_masks(mine, tmp_path):
 
 def test_no_run_and_damaged_runs(done, tmp_path):
     for root in (tmp_path, done[0]/'cam'/'seeds', done[0]/'cam', tmp_path/'nowhere'):
-        with pytest.raises(DataError, match='no finished run'): report_page(root, tmp_path/'page.html')
+        with pytest.raises(DataError, match='no finished run'):
+            report_page(root, tmp_path/'page.html')
     shutil.copytree(done[0], tmp_path/'tiny')
     cam = tmp_path/'tiny'/'cam'/'cams-train'/'train00002.npz'
     cam.write_bytes(cam.read_bytes()[:50])
-    with pytest.raises(DataError, match=cam.name): report_page(tmp_path/'tiny', tmp_path/'page.html')
+    with pytest.raises(DataError, match=cam.name):
+        report_page(tmp_path/'tiny', tmp_path/'page.html')
     (tmp_path/'tiny'/'metrics.json').write_text('{"seed')
-    with pytest.raises(DataError, match='metrics.json is damaged'): report_page(tmp_path/'tiny', tmp_path/'page.html')
+    with pytest.raises(DataError, match='metrics.json is damaged'):
+        report_page(tmp_path/'tiny', tmp_path/'page.html')
     assert not (tmp_path/'page.html').exists()
 
 
@@ -131,7 +137,8 @@ def put(root, name, metrics, settings=None):
     folder = root/name
     folder.mkdir(parents=True)
     (folder/'metrics.json').write_text(json.dumps(metrics))
-    if settings is not None: (folder/'settings.json').write_text(json.dumps(settings))
+    if settings is not None:
+        (folder/'settings.json').write_text(json.dumps(settings))
 
 
 def record(**miou): return {'seed_miou': miou, 'table': [], 'parameters': {'k': 8}, 'seconds': 71.2, 'mask_miou': None}
@@ -141,7 +148,8 @@ def record(**miou): return {'seed_miou': miou, 'table': [], 'parameters': {'k': 
 def sweep(tmp_path):
     for k in (0, 8):
         for seed in (0, 1, 2):
-            if (k, seed) != (8, 2): put(tmp_path/'sweep', f'k={k},seed={seed}', record(**{'seam+ppc': 30 + k + 1.7*seed, 'cam': 20. + seed}), {'k': k, 'seed': seed})
+            if (k, seed) != (8, 2):
+                put(tmp_path/'sweep', f'k={k},seed={seed}', record(**{'seam+ppc': 30 + k + 1.7*seed, 'cam': 20. + seed}), {'k': k, 'seed': seed})
     (tmp_path/'sweep'/'k=8,seed=2').mkdir()
     (tmp_path/'sweep'/'k=8,seed=2'/'settings.json').write_text('{"k": 8, "seed": 2}')
     return tmp_path/'sweep'
@@ -167,7 +175,8 @@ def test_spread_is_that_of_the_textbook(values):
 
 def test_without_settings_the_difference_tells(tmp_path):
     "Ordinary runs side by side: what differs in their parameters is theirs."
-    for seed in (0, 1): put(tmp_path/'runs', f's{seed}', {**record(cam=30. + seed), 'parameters': {'k': 8, 'seed': seed}})
+    for seed in (0, 1):
+        put(tmp_path/'runs', f's{seed}', {**record(cam=30. + seed), 'parameters': {'k': 8, 'seed': seed}})
     assert [r.own for r in find_runs(tmp_path/'runs')] == [{'seed': 0}, {'seed': 1}]
     assert tables(report_page(tmp_path/'runs', tmp_path/'page.html'))['Mean ± standard deviation over seeds, mIoU in %'][1] == ['all runs', '2', '30.5 ± 0.7']
 
@@ -175,13 +184,15 @@ def test_without_settings_the_difference_tells(tmp_path):
 def test_runs_of_one_method_share_their_columns(tmp_path):
     "Whose a number is stands among the settings: one column, not one for each method with gaps in it."
     for m in ('cam', 'seam'):
-        for seed in (0, 1): put(tmp_path/'runs', f'{m}{seed}', {**record(**{m: 30. + seed}), 'seed_crf_miou': {m: 40. + seed}}, {'methods': [m], 'seed': seed})
+        for seed in (0, 1):
+            put(tmp_path/'runs', f'{m}{seed}', {**record(**{m: 30. + seed}), 'seed_crf_miou': {m: 40. + seed}}, {'methods': [m], 'seed': seed})
     found = tables(report_page(tmp_path/'runs', tmp_path/'page.html'))['Mean ± standard deviation over seeds, mIoU in %']
     assert found[0] == ['setting', 'runs', 'seeds', '+CRF'] and found[2] == ['methods: seam', '2', '30.5 ± 0.7', '40.5 ± 0.7']
 
 
 def test_runs_that_tell_nothing_are_not_averaged(tmp_path):
-    for name in 'ab': put(tmp_path/'runs', name, {'seed_miou': {'cam': 30.}})
+    for name in 'ab':
+        put(tmp_path/'runs', name, {'seed_miou': {'cam': 30.}})
     page = report_page(tmp_path/'runs', tmp_path/'page.html')
     assert 'Mean ± standard deviation over seeds, mIoU in %' not in tables(page) and '±' not in sound(page).get_text()
 
@@ -192,7 +203,8 @@ def evil_runs(root, run):
     for n in (0, 1):
         folder = root/f'<b>$\\frac{n}'
         shutil.copytree(run, folder)
-        for f in (folder/'scenes'/'classes.txt', folder/'scenes'/'tags.csv', folder/'metrics.json'): f.write_text(f.read_text().replace('cat', evil))
+        for f in (folder/'scenes'/'classes.txt', folder/'scenes'/'tags.csv', folder/'metrics.json'):
+            f.write_text(f.read_text().replace('cat', evil))
         m = json.loads((folder/'metrics.json').read_text())
         m |= {'device': evil, 'parameters': {**m['parameters'], 'reading': evil}}
         (folder/'metrics.json').write_text(json.dumps(m))

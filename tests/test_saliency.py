@@ -4,7 +4,8 @@ import types
 from pathlib import Path
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from ppc import saliency as module
@@ -16,8 +17,10 @@ PHOTOS = Path(__file__).parents[2]/'shared'/'data'/'voc-animals'
 
 
 def fails(what, *words, error=DataError):
-    with pytest.raises(error) as e: what()
-    for w in words: assert w in str(e.value), str(e.value)
+    with pytest.raises(error) as e:
+        what()
+    for w in words:
+        assert w in str(e.value), str(e.value)
 
 
 @pytest.fixture
@@ -44,7 +47,8 @@ def test_linked_maps_are_what_they_were(bare):
 
 def test_again_and_the_other_split(bare):
     root, maps = bare
-    for split, n in (('train', 16), ('train', 16), ('val', 4)): assert link_saliency(root, maps, split, 'PFAN')['maps'] == n
+    for split, n in (('train', 16), ('train', 16), ('val', 4)):
+        assert link_saliency(root, maps, split, 'PFAN')['maps'] == n
     assert saliency_source(root) == 'PFAN' and len(list((root/'Saliency').glob('*.png'))) == 20
 
 
@@ -65,16 +69,20 @@ def test_of_any_kind(bare):
 
 def test_lacking_maps_are_counted_and_the_first_is_named(bare):
     root, maps = bare
-    for i in (3, 7): (maps/f'train{i:05}.png').unlink()
+    for i in (3, 7):
+        (maps/f'train{i:05}.png').unlink()
     fails(lambda: link_saliency(root, maps), 'SALImages', '2 of the 16', 'train00003.png')
     fails(lambda: link_saliency(root, maps.parent/'nowhere'), 'nowhere', '16 of the 16')
     assert not (root/'Saliency').exists()
 
 
 def damage(path, how):
-    if how == 'deep': Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(path)
-    elif how == 'truncated': path.write_bytes(path.read_bytes()[:200])
-    else: path.write_bytes(how)
+    if how == 'deep':
+        Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(path)
+    elif how == 'truncated':
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        path.write_bytes(how)
 
 
 @pytest.mark.parametrize('how, word', [('deep', '8-bit'), ('truncated', 'cannot be read'), (b'', 'cannot be read'), (b'<html>not found</html>', 'cannot be read')])
@@ -97,7 +105,8 @@ def test_two_maps_of_one_image(bare):
 def test_two_sources_do_not_mix(bare):
     root, maps = bare
     link_saliency(root, maps, source='PFAN')
-    for what in (lambda: link_saliency(root, maps), lambda: make_saliency(root), lambda: make_saliency(root, 'val')): fails(what, 'Saliency', 'PFAN', 'another source')
+    for what in (lambda: link_saliency(root, maps), lambda: make_saliency(root), lambda: make_saliency(root, 'val')):
+        fails(what, 'Saliency', 'PFAN', 'another source')
     assert saliency_source(root) == 'PFAN'
 
 
@@ -106,7 +115,8 @@ def test_maps_of_unknown_source_are_left_alone(bare):
     (root/'Saliency').mkdir()
     (root/'Saliency'/'train00000.png').write_bytes((maps/'train00000.png').read_bytes())
     assert saliency_source(root) is None
-    for what in (lambda: link_saliency(root, maps), lambda: make_saliency(root)): fails(what, 'Saliency', 'SOURCE.txt')
+    for what in (lambda: link_saliency(root, maps), lambda: make_saliency(root)):
+        fails(what, 'Saliency', 'SOURCE.txt')
     (root/'Saliency'/'SOURCE.txt').write_text('drawn by hand\n')
     assert saliency_source(root) == 'drawn by hand'
 
@@ -138,7 +148,8 @@ def literal(image, blur, sigma):
     for k in range(256):
         a, b = levels[levels <= k], levels[levels > k]
         between = a.size*b.size*(a.mean() - b.mean())**2 if a.size and b.size else 0
-        if between > best*(1 + 1e-9): best, t = between, k
+        if between > best*(1 + 1e-9):
+            best, t = between, k
     return np.minimum(1, 255*x/(2*t + 1)), t
 
 
@@ -164,7 +175,8 @@ def test_any_picture_has_a_map(h, w, seed, contrast):
 
 def test_one_colour_has_nothing_that_stands_out():
     pytest.importorskip('cv2')
-    for v in (0, 7, 255): assert not simple_saliency(np.full((30, 40, 3), v, np.uint8)).any()
+    for v in (0, 7, 255):
+        assert not simple_saliency(np.full((30, 40, 3), v, np.uint8)).any()
 
 
 def test_a_spot_stands_out_more_in_the_middle():
@@ -194,7 +206,8 @@ def test_better_than_the_bare_map_on_scenes():
 
 def test_better_than_the_bare_map_on_photographs():
     pytest.importorskip('cv2')
-    if not PHOTOS.is_dir(): pytest.skip('the photographs are not here')
+    if not PHOTOS.is_dir():
+        pytest.skip('the photographs are not here')
     folder = TagFolder(PHOTOS, 'train_masks')
     pictures = [(np.array(folder.image(i)), folder.mask(i)) for i in range(0, len(folder), 15)]
     assert iou(simple_saliency, pictures) > 2*iou(fine_grained, pictures)
@@ -222,7 +235,8 @@ def test_continued_with_any_number_of_workers(bare, monkeypatch):
     make_saliency(root, workers=1)
     paths = sorted((root/'Saliency').glob('*.png'))
     before, times = [p.read_bytes() for p in paths], [p.stat().st_mtime_ns for p in paths]
-    for p in paths[:5]: p.unlink()
+    for p in paths[:5]:
+        p.unlink()
     make_saliency(root, workers=4)
     assert [p.read_bytes() for p in paths] == before and [p.stat().st_mtime_ns for p in paths[5:]] == times[5:]
     monkeypatch.setattr(module, 'simple_saliency', lambda *a: pytest.fail('made again'))

@@ -5,14 +5,30 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torchvision import models
 from test_backbones import SMALL, as_released, camnet, mxnet_names, randomise, write_params
+from torchvision import models
 from ppc import sources
 from ppc.backbones import ResNet, ResNet38, Timm
 from ppc.data import DataError
-from ppc.sources import SOURCES, Start, check_start, convert, fetch, file_of, hashes_of, needed, origin, source_of, sources_table, start_of, verify, weights_table
+from ppc.sources import (
+    WEIGHT_SOURCES,
+    Start,
+    check_start,
+    conversion_record,
+    convert,
+    fetch,
+    file_of,
+    hashes_of,
+    known_source,
+    required_starts,
+    sources_table,
+    start_for,
+    verify,
+    weights_table,
+)
 
 SEAM = '''
 out: runs/seam
@@ -44,24 +60,26 @@ def small(): return randomise(ResNet38(shrink=SMALL)).eval()
 @pytest.fixture(scope='module')
 def full():
     "Names and shapes of the real one."
-    with torch.device('meta'): return ResNet38().state_dict()
+    with torch.device('meta'):
+        return ResNet38().state_dict()
 
 
 def known(monkeypatch, **changes):
     "Change what is known of one file."
-    s = next(s for s in SOURCES if s.file == changes['file'])
-    monkeypatch.setattr(sources, 'SOURCES', tuple(replace(x, **changes) if x is s else x for x in SOURCES))
+    s = next(s for s in WEIGHT_SOURCES if s.file == changes['file'])
+    monkeypatch.setattr(sources, 'WEIGHT_SOURCES', tuple(replace(x, **changes) if x is s else x for x in WEIGHT_SOURCES))
 
 
 # --- the list ------------------------------------------------------------------------------------------------------------
 
 def test_what_is_known_is_well_formed():
-    files = [s.file for s in SOURCES if s.file]
-    assert len(set(files)) == len(files) and len(sources_table()) == len(SOURCES)
-    for s in SOURCES:
+    files = [s.file for s in WEIGHT_SOURCES if s.file]
+    assert len(set(files)) == len(files) and len(sources_table()) == len(WEIGHT_SOURCES)
+    for s in WEIGHT_SOURCES:
         assert len(s.sha256) in (0, 8, 64) and len(s.md5) in (0, 32) and not set(s.sha256 + s.md5) - set('0123456789abcdef')
         assert s.backbone in ('resnet38', 'resnet50', 'resnet101') and s.learned and s.where and not s.file.startswith('/')
-        if len(s.sha256) == 8: assert s.file == f'{s.backbone}-{s.sha256}.pth'
+        if len(s.sha256) == 8:
+            assert s.file == f'{s.backbone}-{s.sha256}.pth'
 
 
 @pytest.mark.parametrize('name', ['resnet50', 'resnet101'])
@@ -73,8 +91,9 @@ def test_torchvisions_files_are_those_that_the_networks_ask_for(name, monkeypatc
         return getattr(models, name)().state_dict()
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', spy)
     for served in ('hub', 'IMAGENET1K_V1'):
-        with torch.device('meta'): ResNet(name, 16, served)
-    assert asked == [next(s.file for s in SOURCES if (s.backbone, s.served) == (name, served)) for served in ('hub', 'IMAGENET1K_V1')]
+        with torch.device('meta'):
+            ResNet(name, 16, served)
+    assert asked == [next(s.file for s in WEIGHT_SOURCES if (s.backbone, s.served) == (name, served)) for served in ('hub', 'IMAGENET1K_V1')]
 
 
 # --- the right file ------------------------------------------------------------------------------------------------------
@@ -100,28 +119,32 @@ def test_a_hash_fits_wholly_or_not(kind, tmp_path):
     path = tmp_path/PARAMS
     path.write_bytes(b'weights')
     true = hashlib.new(kind, b'weights').hexdigest()
-    empty = replace(SOURCES[0], sha256='', md5='')
-    for good in (true, true[:8], ''): assert verify(path, replace(empty, **{kind: good}))[kind] == true
+    empty = replace(WEIGHT_SOURCES[0], sha256='', md5='')
+    for good in (true, true[:8], ''):
+        assert verify(path, replace(empty, **{kind: good}))[kind] == true
     for bad in (true[:-1] + 'x', true[:7] + 'x', 'f'*len(true)):
-        with pytest.raises(DataError, match='damaged, or another') as e: verify(path, replace(empty, **{kind: bad}))
+        with pytest.raises(DataError, match='damaged, or another') as e:
+            verify(path, replace(empty, **{kind: bad}))
         assert str(path) in str(e.value) and true in str(e.value) and bad in str(e.value)
 
 
 def test_a_hash_belongs_to_a_name(tmp_path):
     path = tmp_path/'mine.params'
     path.write_bytes(b'weights')
-    verify(path, SOURCES[0]); verify(path)
+    verify(path, WEIGHT_SOURCES[0])
+    verify(path)
 
 
 # --- what a run needs ----------------------------------------------------------------------------------------------------
 
 def test_needed():
     params = f'weights/{PARAMS}'
-    assert needed(yaml.safe_load(SEAM)) == [Start(n, 'resnet38', params, 8) for n in ('CAMs', 'affinities', 'segmenter')]
-    assert needed(yaml.safe_load(EPS)) == [Start('CAMs', 'resnet38', params, 8), Start('segmenter', 'resnet101', 'IMAGENET1K_V1', 8)]
-    assert needed(yaml.safe_load(OWN)) == [Start('CAMs', 'resnet50', 'hub', 16), Start('affinities', 'mobilenetv2_100', '', 16)]
-    assert needed({}) == [Start('CAMs', 'tiny', '', 8), Start('segmenter', 'tiny', '', 8)]
-    with pytest.raises(ValueError, match='did you mean'): needed({'backbon': 'tiny'})
+    assert required_starts(yaml.safe_load(SEAM)) == [Start(n, 'resnet38', params, 8) for n in ('CAMs', 'affinities', 'segmenter')]
+    assert required_starts(yaml.safe_load(EPS)) == [Start('CAMs', 'resnet38', params, 8), Start('segmenter', 'resnet101', 'IMAGENET1K_V1', 8)]
+    assert required_starts(yaml.safe_load(OWN)) == [Start('CAMs', 'resnet50', 'hub', 16), Start('affinities', 'mobilenetv2_100', '', 16)]
+    assert required_starts({}) == [Start('CAMs', 'tiny', '', 8), Start('segmenter', 'tiny', '', 8)]
+    with pytest.raises(ValueError, match='did you mean'):
+        required_starts({'backbon': 'tiny'})
 
 
 @given(st.fixed_dictionaries({}, optional=dict(
@@ -135,14 +158,17 @@ def test_a_run_builds_what_is_needed(parameters):
     parts, built = settings(**parameters), []
     c, r, g = parts[CamTraining], parts[Refinement], parts[Segmentation]
     with pytest.MonkeyPatch.context() as m:
-        for name in ('Tiny', 'ResNet38', 'ResNet', 'Timm', 'CamNet', 'AffinityNet', 'IRNet', 'deeplab'): m.setattr(stages, name, lambda *a, **kw: None)
+        for name in ('Tiny', 'ResNet38', 'ResNet', 'Timm', 'CamNet', 'AffinityNet', 'IRNet', 'deeplab'):
+            m.setattr(stages, name, lambda *a, **kw: None)
         def spy(c, name='', weights='', pretrained=None): built.append((name or c.backbone, weights if name else c.weights))
         m.setattr(stages, 'make_backbone', spy)
         stages.make_backbone(c)
         options = stages.affinity_options(r)
-        if options: stages.make_affinity_net(c, r, options)
-        if g.segmenter != 'none': stages.make_segmenter(c, g, 7, stages.segmentation_recipe(g))
-    assert [s[1:3] for s in needed(parameters)] == built
+        if options:
+            stages.make_affinity_net(c, r, options)
+        if g.segmenter != 'none':
+            stages.make_segmenter(c, g, 7, stages.segmentation_recipe(g))
+    assert [s[1:3] for s in required_starts(parameters)] == built
 
 
 def test_the_table_says_what_is_missing(monkeypatch):
@@ -161,11 +187,16 @@ def test_the_table_says_what_is_missing(monkeypatch):
 # --- ready? --------------------------------------------------------------------------------------------------------------
 
 def test_missing_files():
-    with pytest.raises(DataError, match='runs/x.pth is missing: give the path'): check_start(Start('CAMs', 'resnet50', 'runs/x.pth'))
-    with pytest.raises(DataError, match='elsewhere/ilsvrc.* is missing. Get it from .*ademxapp'): check_start(Start('CAMs', 'resnet38', f'elsewhere/{PARAMS}'))
-    with pytest.raises(DataError, match='hub is missing'): check_start(Start('CAMs', 'resnet38', 'hub'))
-    with pytest.raises(DataError, match='timm publishes no weights'): check_start(Start('CAMs', 'resnett', 'hub'))
-    with pytest.raises(DataError, match='ppc weights fetch mobilenetv2_100'): check_start(Start('CAMs', 'mobilenetv2_100', 'hub'))
+    with pytest.raises(DataError, match='runs/x.pth is missing: give the path'):
+        check_start(Start('CAMs', 'resnet50', 'runs/x.pth'))
+    with pytest.raises(DataError, match='elsewhere/ilsvrc.* is missing. Get it from .*ademxapp'):
+        check_start(Start('CAMs', 'resnet38', f'elsewhere/{PARAMS}'))
+    with pytest.raises(DataError, match='hub is missing'):
+        check_start(Start('CAMs', 'resnet38', 'hub'))
+    with pytest.raises(DataError, match='timm publishes no weights'):
+        check_start(Start('CAMs', 'resnett', 'hub'))
+    with pytest.raises(DataError, match='ppc weights fetch mobilenetv2_100'):
+        check_start(Start('CAMs', 'mobilenetv2_100', 'hub'))
 
 
 def test_a_file_of_another_network_names_the_first_tensor(small, tmp_path):
@@ -173,10 +204,12 @@ def test_a_file_of_another_network_names_the_first_tensor(small, tmp_path):
     save_file(small.state_dict(), path)
     for backbone, words in {'resnet38': r'conv1a\.weight as \(4, 3, 3, 3\), this network needs \(64, 3, 3, 3\)', 'resnet50': r'lacks the tensor conv1\.weight',
                             'mobilenetv2_100': r'lacks the tensor conv_stem\.weight'}.items():
-        with pytest.raises(DataError, match=rf'w\.safetensors .*{words}'): check_start(Start('CAMs', backbone, str(path)))
+        with pytest.raises(DataError, match=rf'w\.safetensors .*{words}'):
+            check_start(Start('CAMs', backbone, str(path)))
     path.write_bytes(b'no tensors')
     for backbone in ('resnet38', 'resnet50'):
-        with pytest.raises(DataError, match=r'w\.safetensors cannot be read'): check_start(Start('CAMs', backbone, str(path)))
+        with pytest.raises(DataError, match=r'w\.safetensors cannot be read'):
+            check_start(Start('CAMs', backbone, str(path)))
 
 
 def test_a_file_that_fits_is_told_and_nothing_is_allocated(tmp_path, monkeypatch, recwarn):
@@ -188,7 +221,8 @@ def test_a_file_that_fits_is_told_and_nothing_is_allocated(tmp_path, monkeypatch
     assert check_start(Start('CAMs', 'resnet18', str(tmp_path/'w.pth'), 8)) == 'there, SHA-256 not known, tensors fit'
     assert isinstance(built[0], Timm) and all(p.is_meta for p in built[0].parameters()) and not [w for w in recwarn if 'meta' in str(w.message)]
     torch.save(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path/'vit.pth')
-    with pytest.raises(ValueError, match='has output stride 16, asked for is 8'): check_start(Start('CAMs', 'vit_tiny_patch16_224', str(tmp_path/'vit.pth'), 8))
+    with pytest.raises(ValueError, match='has output stride 16, asked for is 8'):
+        check_start(Start('CAMs', 'vit_tiny_patch16_224', str(tmp_path/'vit.pth'), 8))
 
 
 def test_the_real_resnet38_and_one_that_is_nearly(full, tmp_path, monkeypatch):
@@ -198,12 +232,14 @@ def test_the_real_resnet38_and_one_that_is_nearly(full, tmp_path, monkeypatch):
     (tmp_path/'weights'/PARAMS).write_bytes(b'MXNet')
     hashes = {k: hashlib.new(k, b'MXNet').hexdigest() for k in ('sha256', 'md5')}
     monkeypatch.setattr('ppc.backbones.read_mxnet', lambda path: dict(arrays))
-    start = needed(yaml.safe_load(SEAM))[0]
-    with pytest.raises(DataError, match=f'has the sha256 {hashes["sha256"]}, it should have f668a2add80e33dfa8f1a0695df91f6d8cfad5ffbb26d1dc7bcd35903a1f6e16'): check_start(start)
+    start = required_starts(yaml.safe_load(SEAM))[0]
+    with pytest.raises(DataError, match=f'has the sha256 {hashes["sha256"]}, it should have f668a2add80e33dfa8f1a0695df91f6d8cfad5ffbb26d1dc7bcd35903a1f6e16'):
+        check_start(start)
     known(monkeypatch, file=PARAMS, **hashes)
     assert check_start(start) == 'there, SHA-256 fits, tensors fit'
     arrays['arg:res5a_branch2b1_weight'] = torch.empty(1, device='meta')
-    with pytest.raises(DataError, match=rf'{PARAMS} has b5\.conv_branch2b1\.weight as \(1,\), this network needs \(1024, 512, 3, 3\)'): check_start(start)
+    with pytest.raises(DataError, match=rf'{PARAMS} has b5\.conv_branch2b1\.weight as \(1,\), this network needs \(1024, 512, 3, 3\)'):
+        check_start(start)
     table = weights_table({'seam': yaml.safe_load(SEAM)})
     assert not table.ready.any() and table.remark.str.contains('b5.conv_branch2b1').all() and (table.learned == 'ImageNet-1k').all()
 
@@ -214,9 +250,10 @@ def test_the_size_on_record(full):
     size = 3*8 + 8
     for name, t in arrays.items():
         n = 1
-        for s in t.shape: n *= s
+        for s in t.shape:
+            n *= s
         size += 4 + 4*len(t.shape) + 3*4 + 4*n + 8 + len(name.encode())
-    assert size == 436_873_620 and round(size/2**20, 2) == SOURCES[0].mib
+    assert size == 436_873_620 and round(size/2**20, 2) == WEIGHT_SOURCES[0].mib
 
 
 # --- fetching ------------------------------------------------------------------------------------------------------------
@@ -235,21 +272,24 @@ def downloader(content, asked, state):
 
 @pytest.mark.parametrize('file, served', [('resnet50-11ad3fa6.pth', 'hub'), ('resnet50-0676ba61.pth', 'IMAGENET1K_V1')])
 def test_torchvisions_weights_are_fetched_once_and_checked(file, served, monkeypatch):
-    with torch.device('meta'): state = models.resnet50().state_dict()
-    asked, start = [], start_of(file)
+    with torch.device('meta'):
+        state = models.resnet50().state_dict()
+    asked, start = [], start_for(file)
     assert start == Start('', 'resnet50', served)
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', downloader(b'fetched', asked, state))
     sha = hashlib.sha256(b'fetched').hexdigest()
-    with pytest.raises(DataError, match=f'{file} has the sha256 {sha}, it should have {file[9:17]}'): fetch(start)
+    with pytest.raises(DataError, match=f'{file} has the sha256 {sha}, it should have {file[9:17]}'):
+        fetch(start)
     known(monkeypatch, file=file, sha256=sha[:8])
     assert fetch(start) == check_start(start) == 'there, SHA-256 fits in its first 8 digits'
     assert len(asked) == 1 and asked[0].endswith(file) and file_of(start).read_bytes() == b'fetched'
     file_of(start).write_bytes(b'fetch')                                                           # half of it, found in the cache
-    with pytest.raises(DataError, match='Delete it and fetch it again'): fetch(start)
+    with pytest.raises(DataError, match='Delete it and fetch it again'):
+        fetch(start)
 
 
 def test_timms_weights_are_fetched_by_timm(monkeypatch, tmp_path):
-    asked, start, revision = [], start_of('mobilenetv2_100'), tmp_path/'hf'/'models--timm--mobilenetv2_100.ra_in1k'/'snapshots'/'abc'
+    asked, start, revision = [], start_for('mobilenetv2_100'), tmp_path/'hf'/'models--timm--mobilenetv2_100.ra_in1k'/'snapshots'/'abc'
     def get(net):
         asked.append(net.pretrained_cfg['hf_hub_id'])
         revision.mkdir(parents=True), (revision.parents[1]/'refs').mkdir()                         # as Hugging Face's cache is laid out
@@ -258,24 +298,28 @@ def test_timms_weights_are_fetched_by_timm(monkeypatch, tmp_path):
     assert start == Start('', 'mobilenetv2_100', 'hub') and file_of(start) is None
     assert fetch(start) == fetch(start) == 'there, SHA-256 not known' and asked == ['timm/mobilenetv2_100.ra_in1k']
     assert file_of(start) == revision/'model.safetensors'
-    assert source_of(start).learned == 'timm: ra_in1k' and source_of(start).licence == 'apache-2.0'
+    assert known_source(start).learned == 'timm: ra_in1k' and known_source(start).licence == 'apache-2.0'
 
 
 @pytest.mark.parametrize('name', ['resnet50', 'resnet101-63fe2227.pth', 'mobilenetv2_100'])
 def test_without_a_network_it_is_said(name):
-    with pytest.raises(DataError, match=r'could not be fetched \(no route\): connect'): fetch(start_of(name))
+    with pytest.raises(DataError, match=r'could not be fetched \(no route\): connect'):
+        fetch(start_for(name))
 
 
 @pytest.mark.parametrize('name', ['resnet38', PARAMS, 'resnet38_SEAM.pth', 'resnet101-5d3b4d8f.pth'])
 def test_nothing_else_is_fetched(name, monkeypatch):
     def never(*a, **kw): raise AssertionError('a download')
-    for target in ('torchvision.models._api.load_state_dict_from_url', 'torch.hub.download_url_to_file', 'timm.models.load_pretrained'): monkeypatch.setattr(target, never)
-    with pytest.raises(DataError, match=r'weights/\S+ is missing\. Get it from'): fetch(start_of(name))
+    for target in ('torchvision.models._api.load_state_dict_from_url', 'torch.hub.download_url_to_file', 'timm.models.load_pretrained'):
+        monkeypatch.setattr(target, never)
+    with pytest.raises(DataError, match=r'weights/\S+ is missing\. Get it from'):
+        fetch(start_for(name))
 
 
 @pytest.mark.parametrize('name', ['', 'tiny', 'resnet', 'no such network', '../x.pth'])
 def test_unknown_names(name):
-    with pytest.raises(DataError, match='none of the known files'): start_of(name)
+    with pytest.raises(DataError, match='none of the known files'):
+        start_for(name)
 
 
 # --- converting ----------------------------------------------------------------------------------------------------------
@@ -284,13 +328,14 @@ def test_params_convert_to_the_same_network(small, tmp_path):
     head = {'arg:linear1000_weight': torch.randn(1000, 8), 'arg:linear1000_bias': torch.randn(1000)}
     write_params(tmp_path/'r38.params', mxnet_names(small.state_dict()) | head, 'legacy')
     about = convert(tmp_path/'r38.params', tmp_path/'out'/'r38.safetensors', SMALL)
-    assert about == origin(tmp_path/'out'/'r38.safetensors') == {
+    assert about == conversion_record(tmp_path/'out'/'r38.safetensors') == {
         'network': 'resnet38', 'source': 'r38.params', 'sha256': hashlib.sha256((tmp_path/'r38.params').read_bytes()).hexdigest()}
     want = {k: v for k, v in small.state_dict().items() if 'num_batches' not in k}
     got = load_file(tmp_path/'out'/'r38.safetensors')
     assert set(got) == set(want) and all(torch.equal(got[k], want[k]) for k in want)
     image = torch.randn(2, 3, 40, 32, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(ResNet38(tmp_path/'out'/'r38.safetensors', SMALL).eval()(image), small(image)): assert torch.equal(a, b)
+    for a, b in zip(ResNet38(tmp_path/'out'/'r38.safetensors', SMALL).eval()(image), small(image)):
+        assert torch.equal(a, b)
     convert(tmp_path/'out'/'r38.safetensors', tmp_path/'again.safetensors', SMALL)                  # may be said of the new file too
     assert all(torch.equal(v, want[k]) for k, v in load_file(tmp_path/'again.safetensors').items())
 
@@ -301,13 +346,13 @@ def test_a_released_checkpoint_leaves_its_heads_behind(tmp_path):
     convert(tmp_path/'resnet38_SEAM.pth', tmp_path/'r38.safetensors', SMALL)
     ours = ResNet38(tmp_path/'r38.safetensors', SMALL).state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in net.backbone.state_dict().items())
-    assert "VOC's tags" in source_of(Start('CAMs', 'resnet38', str(tmp_path/'r38.safetensors'))).learned
+    assert "VOC's tags" in known_source(Start('CAMs', 'resnet38', str(tmp_path/'r38.safetensors'))).learned
 
 
 def test_a_converted_file_remembers_the_hash(small, full, tmp_path, monkeypatch):
     path = tmp_path/'r38.safetensors'
     monkeypatch.setattr(sources, '_build', lambda start: None)                                      # tensors are not the question here
-    for sha, words in ((SOURCES[0].sha256, 'made from .*params, whose SHA-256 fits, tensors fit'), ('0'*64, 'was made from another .*params: with the sha256 000')):
+    for sha, words in ((WEIGHT_SOURCES[0].sha256, 'made from .*params, whose SHA-256 fits, tensors fit'), ('0'*64, 'was made from another .*params: with the sha256 000')):
         save_file({'a': torch.ones(1)}, path, dict(network='resnet38', source=PARAMS, sha256=sha))
         table = weights_table({'r': dict(backbone='resnet38', weights=str(path), segmenter='none')})
         assert table.remark.str.contains(words).all() and table.ready.all() == (sha != '0'*64) and table.learned[0] == 'ImageNet-1k'
@@ -322,16 +367,21 @@ def test_what_does_not_fit_is_not_converted(small, spoil, words, tmp_path):
     arrays = mxnet_names(small.state_dict())
     spoil(arrays)
     write_params(tmp_path/'r38.params', arrays)
-    with pytest.raises(DataError, match=words): convert(tmp_path/'r38.params', tmp_path/'r38.safetensors', SMALL)
+    with pytest.raises(DataError, match=words):
+        convert(tmp_path/'r38.params', tmp_path/'r38.safetensors', SMALL)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['r38.params']
 
 
 def test_other_refusals(small, tmp_path):
     write_params(tmp_path/PARAMS, mxnet_names(small.state_dict()))
-    with pytest.raises(DataError, match='has the sha256 .* it should have f668a2ad'): convert(tmp_path/PARAMS, tmp_path/'r38.safetensors', SMALL)
+    with pytest.raises(DataError, match='has the sha256 .* it should have f668a2ad'):
+        convert(tmp_path/PARAMS, tmp_path/'r38.safetensors', SMALL)
     whole = (tmp_path/PARAMS).read_bytes()
     (tmp_path/'cut.params').write_bytes(whole[:len(whole)//2])
-    with pytest.raises(DataError, match=r'cut\.params at byte'): convert(tmp_path/'cut.params', tmp_path/'r38.safetensors', SMALL)
-    with pytest.raises(DataError, match='none.params is missing'): convert(tmp_path/'none.params', tmp_path/'r38.safetensors')
-    with pytest.raises(DataError, match=r'should end in \.safetensors'): convert(tmp_path/'cut.params', tmp_path/PARAMS)
+    with pytest.raises(DataError, match=r'cut\.params at byte'):
+        convert(tmp_path/'cut.params', tmp_path/'r38.safetensors', SMALL)
+    with pytest.raises(DataError, match='none.params is missing'):
+        convert(tmp_path/'none.params', tmp_path/'r38.safetensors')
+    with pytest.raises(DataError, match=r'should end in \.safetensors'):
+        convert(tmp_path/'cut.params', tmp_path/PARAMS)
     assert (tmp_path/PARAMS).read_bytes() == whole and not (tmp_path/'r38.safetensors').exists()

@@ -17,10 +17,23 @@ import nbformat
 import pytest
 import rich.console
 from filelock import FileLock
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from ppc import sweeps
 from ppc.data import DataError
-from ppc.sweeps import check_folder, grid, in_words, local, name_of, read_values, run_one, runs, state, sweep, time_left
+from ppc.sweeps import (
+    check_folder,
+    grid,
+    local_engine,
+    read_values,
+    run_name,
+    run_one,
+    runs,
+    summary_line,
+    sweep,
+    sweep_state,
+    time_left,
+)
 
 BOOK = Path(__file__).parent.parent/'nbs'
 FRESH = get_context('forkserver')   # processes that can be killed, and have imported the package already
@@ -102,17 +115,22 @@ def until(true, seconds=60):
 
 
 def alive(pid):
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z' if Path('/proc').exists() else not os.kill(int(pid), 0)
-    except (FileNotFoundError, ProcessLookupError): return False
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z' if Path('/proc').exists() else not os.kill(int(pid), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextmanager
 def held(*ks):
     "Runs with these k go no further than their second step."
-    for k in ks: Path(f'wait-{k}').touch()
-    try: yield
+    for k in ks:
+        Path(f'wait-{k}').touch()
+    try:
+        yield
     finally:
-        for k in ks: Path(f'wait-{k}').unlink()
+        for k in ks:
+            Path(f'wait-{k}').unlink()
 
 
 def driver(*arguments, **parameters):
@@ -134,11 +152,11 @@ SETTINGS = st.dictionaries(st.sampled_from(['k', 'seed', 'options', 'data']), VA
 
 @given(SETTINGS, SETTINGS)
 def test_a_name_is_a_file_name_and_nobody_elses(a, b):
-    name = name_of(a)
+    name = run_name(a)
     assert re.fullmatch(r'[A-Za-z0-9_.,=+-]{1,100}', name) and name[0] not in '.-'
-    assert name == name_of(dict(reversed(a.items()))) == name_of(json.loads(json.dumps(a)))
+    assert name == run_name(dict(reversed(a.items()))) == run_name(json.loads(json.dumps(a)))
     same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)   # in Python 1 == 1.0 == True
-    assert (name_of(b) == name) == same
+    assert (run_name(b) == name) == same
 
 
 def test_a_grid_is_every_combination():
@@ -155,7 +173,8 @@ def test_values_are_the_inside_of_a_list(item, value): assert read_values([item]
 
 @pytest.mark.parametrize('item', ['k', 'k=[0', 'k=0]', 'k={'])
 def test_values_that_are_none(item):
-    with pytest.raises(ValueError, match=re.escape(f'-p {item}')): read_values([item])
+    with pytest.raises(ValueError, match=re.escape(f'-p {item}')):
+        read_values([item])
 
 
 # --- before anything starts -----------------------------------------------------------------------------------------------------
@@ -166,7 +185,8 @@ def test_values_that_are_none(item):
     ({}, dict(k=None), 'k is None')])
 def test_wrong_parameters_start_nothing(toy, settings, common, words, monkeypatch):
     monkeypatch.setattr(sweeps, 'run_one', None)
-    with pytest.raises(ValueError, match=words): sweep(toy, [{'seed': 0}, settings], 'runs', **common)
+    with pytest.raises(ValueError, match=words):
+        sweep(toy, [{'seed': 0}, settings], 'runs', **common)
     assert not Path('runs').exists()
 
 
@@ -174,7 +194,8 @@ def test_a_notebook_without_out_is_no_run(toy):
     book = nbformat.read(toy, 4)
     book.cells[0].source = 'k: int = 0'
     nbformat.write(book, toy)
-    with pytest.raises(ValueError, match='must have a parameter out'): sweep(toy, grid(k=[1]), 'runs')
+    with pytest.raises(ValueError, match='must have a parameter out'):
+        sweep(toy, grid(k=[1]), 'runs')
 
 
 @pytest.mark.parametrize('file', ['settings.json', 'config.json', 'metrics.json'])
@@ -185,10 +206,13 @@ def test_a_folder_of_something_else_is_refused(toy, file, monkeypatch):
     folder.mkdir(parents=True)
     made = {'k': 1, 'seed': 0, 'lr': 2e-3, 'steps': 3}
     (folder/file).write_text(json.dumps({'parameters': made} if file == 'metrics.json' else made))
-    with pytest.raises(ValueError, match=r'k=1 was made with lr = 0.002, now lr = 0.001'): sweep(toy, grid(k=[1]), 'runs')
-    with pytest.raises(ValueError, match=r'seed = 0, now seed = 5'): sweep(toy, grid(k=[1]), 'runs', lr=2e-3, seed=5)
+    with pytest.raises(ValueError, match=r'k=1 was made with lr = 0.002, now lr = 0.001'):
+        sweep(toy, grid(k=[1]), 'runs')
+    with pytest.raises(ValueError, match=r'seed = 0, now seed = 5'):
+        sweep(toy, grid(k=[1]), 'runs', lr=2e-3, seed=5)
     (folder/file).write_text('{"k"')
-    with pytest.raises(DataError, match=f'{file} is damaged'): sweep(toy, grid(k=[1]), 'runs')
+    with pytest.raises(DataError, match=f'{file} is damaged'):
+        sweep(toy, grid(k=[1]), 'runs')
     assert [p.name for p in folder.iterdir()] == [file]
 
 
@@ -198,13 +222,15 @@ def test_done_once_and_never_half_seen(toy):
     "Somebody who looks all the time sees whole records only; what is done is not done again, and is recognised by two files."
     seen, stop = [], threading.Event()
     def look():
-        while not stop.is_set(): seen.append(len(runs('runs')))
+        while not stop.is_set():
+            seen.append(len(runs('runs')))
     watcher = threading.Thread(target=look)
     watcher.start()
     settings = grid(k=[0, 8], options=[{}]) + [dict(k=0, options={})]
     outcomes = sweep(toy, settings, 'runs', seed=3)
-    stop.set(); watcher.join()
-    first, second = (name_of(s) for s in settings[:2])
+    stop.set()
+    watcher.join()
+    first, second = (run_name(s) for s in settings[:2])
     assert outcomes == [(first, 'done'), (second, 'done')] and {0, 1} <= {*seen}
     found = runs('runs')
     assert [r['settings'] for r in found] == settings[:2] and found[0]['metrics']['parameters']['seed'] == 3
@@ -213,15 +239,18 @@ def test_done_once_and_never_half_seen(toy):
 
     (Path('runs')/first/'.metrics.77.part.json').write_text('{"mi')
     shutil.copytree('runs', 'copy', ignore=lambda d, names: [n for n in names if '=' not in n and n not in ('settings.json', 'metrics.json')])
-    for root in ('runs', 'copy'): assert sweep(toy, settings, root, seed=3) == outcomes and plain(runs(root)) == plain(found)
+    for root in ('runs', 'copy'):
+        assert sweep(toy, settings, root, seed=3) == outcomes and plain(runs(root)) == plain(found)
     assert len(noted(f'runs/{first}', 'begin')) == 1 and not Path(f'copy/{first}/log.txt').exists()
-    with pytest.raises(ValueError, match='seed = 3, now seed = 0'): sweep(toy, settings, 'copy')
+    with pytest.raises(ValueError, match='seed = 3, now seed = 0'):
+        sweep(toy, settings, 'copy')
     (Path('copy')/first/'metrics.json').write_text('{"mi')
-    with pytest.raises(DataError, match='metrics.json is damaged'): runs('copy')
+    with pytest.raises(DataError, match='metrics.json is damaged'):
+        runs('copy')
 
     os.rename(f'runs/{first}/run.ipynb', f'runs/{first}/run.part.ipynb')   # as if the driver had been killed between the record and the last cell, with the pictures
-    assert state('runs', settings).state[0] == 'waiting' and plain(runs('runs')) == plain(found)
-    assert sweep(toy, settings, 'runs', seed=3) == outcomes and state('runs', settings).state[0] == 'done'
+    assert sweep_state('runs', settings).state[0] == 'waiting' and plain(runs('runs')) == plain(found)
+    assert sweep(toy, settings, 'runs', seed=3) == outcomes and sweep_state('runs', settings).state[0] == 'done'
     assert len(noted(f'runs/{first}', 'end')) == 2 and noted(f'runs/{first}', 'step') == ['0', '1', '2']
 
 
@@ -232,12 +261,12 @@ def test_a_failing_cell_concerns_its_run_alone(toy):
     assert sweep(toy, settings, 'runs') == [('block=wall', 'The file is in the way.'), ('k=1', 'done')]
     assert len(noted('runs/block=wall', 'begin')) == 2 and len(noted('runs/k=1', 'begin')) == 1
     assert 'a long story' in Path('runs/block=wall/failed.txt').read_text() and 'in the way' in Path('runs/block=wall/run.part.ipynb').read_text()
-    table = state('runs', settings)
+    table = sweep_state('runs', settings)
     assert [*table.state] == ['failed', 'done'] and table.message[0] == 'The file is in the way.' and [r['name'] for r in runs('runs')] == ['k=1']
     assert sweep(toy, settings, 'runs', retries=0)[0][1] == 'The file is in the way.' and len(noted('runs/block=wall', 'begin')) == 3
     Path('wall').unlink()
     assert [o for _, o in sweep(toy, settings, 'runs', retries=0)] == ['done', 'done']
-    assert not Path('runs/block=wall/failed.txt').exists() and [*state('runs', settings).state] == ['done', 'done'] and len(noted('runs/k=1', 'begin')) == 1
+    assert not Path('runs/block=wall/failed.txt').exists() and [*sweep_state('runs', settings).state] == ['done', 'done'] and len(noted('runs/k=1', 'begin')) == 1
 
 
 def test_a_notebook_that_leaves_no_record_has_failed(toy):
@@ -263,10 +292,10 @@ def test_a_killed_driver_loses_its_running_cell(toy):
     with held(1):
         killed = driver(toy, settings, 'runs')
         until(lambda: noted('runs/k=1', 'waits'))
-        assert [*state('runs', settings).state] == ['done', 'running', 'waiting']
+        assert [*sweep_state('runs', settings).state] == ['done', 'running', 'waiting']
         killed.kill()
         killed.join()
-        assert [*state('runs', settings).state] == ['done', 'waiting', 'waiting']
+        assert [*sweep_state('runs', settings).state] == ['done', 'waiting', 'waiting']
         orphan, = pids('runs/k=1')
         until(lambda: not alive(orphan))   # it has seen that its parent has gone
     assert sweep(toy, settings, 'runs', retries=0) == [('k=0', 'done'), ('k=1', 'done'), ('k=2', 'done')]
@@ -297,12 +326,14 @@ def test_drivers_side_by_side_share_the_work(toy):
             until(lambda: noted('runs/k=2', 'end'))   # one is busy with the first run, the other passes by
         found = [dict(f.result()) for f in both]
     assert sorted(f['k=0'] for f in found) == ['done', 'elsewhere'] and len(runs('runs')) == 3
-    for k in range(3): assert len(noted(f'runs/k={k}', 'begin')) == 1 and 'done' in {f[f'k={k}'] for f in found} <= {'done', 'elsewhere'}
+    for k in range(3):
+        assert len(noted(f'runs/k={k}', 'begin')) == 1 and 'done' in {f[f'k={k}'] for f in found} <= {'done', 'elsewhere'}
 
 
 def interrupted():
     signal.signal(signal.SIGINT, signal.default_int_handler)   # who starts the tests in the background of a shell has them ignore it
-    with local(2) as two: sweep('toy.ipynb', grid(k=[0, 1, 2]), 'runs', two)
+    with local_engine(2) as two:
+        sweep('toy.ipynb', grid(k=[0, 1, 2]), 'runs', two)
 
 
 def waiting(): return all(noted(f'runs/k={k}', 'waits') for k in (0, 1))
@@ -323,7 +354,8 @@ def test_ctrl_c_ends_the_driver_and_its_kernels(toy, target):
     with held(0, 1):
         process.start()
         until(waiting)
-        if target is interrupted: os.kill(process.pid, signal.SIGINT)
+        if target is interrupted:
+            os.kill(process.pid, signal.SIGINT)
         process.join(30)
         assert process.exitcode == 1 and not noted('runs/k=2', 'begin')
         until(lambda: not any(alive(pids(f'runs/k={k}')[0]) for k in (0, 1)))
@@ -334,7 +366,7 @@ def test_the_command_is_killed_and_called_again(toy):
     Path('common.yaml').write_text('out: elsewhere\nlr: 0.01\n')
     Path('wall').touch()
     call = dict(args=[Path(sys.executable).parent/'ppc', 'sweep', toy, '-f', 'common.yaml', '-p', 'k=0,1', '-p', 'block=none,wall', '--out', 'runs'], text=True)
-    waiting = Path('runs')/name_of(dict(k=1, block='none'))
+    waiting = Path('runs')/run_name(dict(k=1, block='none'))
     with held(1), subprocess.Popen(**call) as killed:
         until(lambda: noted(waiting, 'waits'))
         killed.kill()
@@ -353,11 +385,14 @@ def test_the_command_is_killed_and_called_again(toy):
 def test_threads_share_the_cores(toy, monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(sweeps.torch, 'get_num_threads', lambda: 6)
-    with local(2) as two: assert sweep(toy, grid(k=[0, 1]), 'runs', two) == [('k=0', 'done'), ('k=1', 'done')]
-    for k in (0, 1): assert noted(f'runs/k={k}', 'begin')[0].split()[-1] == '3'
+    with local_engine(2) as two:
+        assert sweep(toy, grid(k=[0, 1]), 'runs', two) == [('k=0', 'done'), ('k=1', 'done')]
+    for k in (0, 1):
+        assert noted(f'runs/k={k}', 'begin')[0].split()[-1] == '3'
     assert 'OMP_NUM_THREADS' not in os.environ
     monkeypatch.setenv('OMP_NUM_THREADS', '5')
-    with local(2): assert os.environ['OMP_NUM_THREADS'] == '5'
+    with local_engine(2):
+        assert os.environ['OMP_NUM_THREADS'] == '5'
     assert os.environ['OMP_NUM_THREADS'] == '5'
 
 
@@ -395,17 +430,19 @@ def four(tmp_path):
     "Folders of four runs: done, at work, failed, not begun."
     for name, files in {'k=0': {'metrics.json': '{"seconds": 100}'}, 'k=1': {'.began': '', '.sweep.lock': ''}, 'k=2': {'failed.txt': 'Why?\n[/red] because\n'}, 'k=3': {}}.items():
         (tmp_path/name).mkdir()
-        for file, text in files.items(): (tmp_path/name/file).write_text(text)
+        for file, text in files.items():
+            (tmp_path/name/file).write_text(text)
     os.utime(tmp_path/'k=1'/'.began', (time.time() - 30,)*2)
-    with FileLock(tmp_path/'k=1'/'.sweep.lock'): yield tmp_path
+    with FileLock(tmp_path/'k=1'/'.sweep.lock'):
+        yield tmp_path
 
 
 def test_state_comes_from_the_folders(four):
-    table = state(four, grid(k=[0, 1, 2, 3, 4]))
+    table = sweep_state(four, grid(k=[0, 1, 2, 3, 4]))
     assert [*table.state] == ['done', 'running', 'failed', 'waiting', 'waiting'] and table.message[2] == '[/red] because'
     assert table.seconds[0] == 100 and 30 <= table.seconds[1] < 60
-    assert 240 < time_left(table) <= 270 and re.match('1 done, 1 running, 1 failed, 2 waiting, 0:04:[0-9]+ left', in_words(table))
-    assert time_left(table[1:]) is None and in_words(table[2:4]) == '1 failed, 1 waiting'
+    assert 240 < time_left(table) <= 270 and re.match('1 done, 1 running, 1 failed, 2 waiting, 0:04:[0-9]+ left', summary_line(table))
+    assert time_left(table[1:]) is None and summary_line(table[2:4]) == '1 failed, 1 waiting'
     assert run_one(('none.ipynb', str(four/'k=1'), {})) == ('k=1', 'elsewhere')
 
 
@@ -415,20 +452,23 @@ def test_a_terminal_shows_a_table(four, monkeypatch, lines):
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
     monkeypatch.setattr(sweeps, 'LINES', lines)
     monkeypatch.setattr(sweeps, 'Console', lambda stderr: rich.console.Console(file=shown, force_terminal=True, width=100))
-    with sweeps.watched(four, grid(k=[0, 1, 2, 3]), .1): time.sleep(.3)
-    for words in ('k=1', 'running', '[/red] because', '1 done, 1 running, 1 failed, 1 waiting, 0:02:'): assert words in shown.getvalue()
+    with sweeps.show_progress(four, grid(k=[0, 1, 2, 3]), .1):
+        time.sleep(.3)
+    for words in ('k=1', 'running', '[/red] because', '1 done, 1 running, 1 failed, 1 waiting, 0:02:'):
+        assert words in shown.getvalue()
     assert ('k=3' in shown.getvalue()) == (lines == 40)
 
 
 def test_elsewhere_a_line_tells_each_change(four, monkeypatch, capfd):
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
-    with sweeps.watched(four, grid(k=[0, 1, 2, 3]), .1):
+    with sweeps.show_progress(four, grid(k=[0, 1, 2, 3]), .1):
         time.sleep(.3)
         (four/'k=3'/'metrics.json').write_text('{"seconds": 60}')
         time.sleep(.3)
     assert capfd.readouterr().err.splitlines()[0] == 'k=3: done 0:01:00'
     monkeypatch.setenv('TQDM_DISABLE', '1')
-    with sweeps.watched(four, grid(k=[0, 1, 2, 3]), .01): (four/'k=2'/'metrics.json').write_text('{}')
+    with sweeps.show_progress(four, grid(k=[0, 1, 2, 3]), .01):
+        (four/'k=2'/'metrics.json').write_text('{}')
     assert not capfd.readouterr().err
 
 
@@ -441,8 +481,9 @@ def test_real_runs(tmp_path, monkeypatch):
     assert sweep(BOOK/'50_run.ipynb', settings, tmp_path, **common) == [('seed=0', 'done'), ('seed=1', 'done')]
     found = runs(tmp_path)
     assert all(r['metrics']['seed_miou']['cam'] > 0 and r['metrics']['parameters']['seed'] == r['settings']['seed'] for r in found)
-    assert (tmp_path/'seed=0'/'result.png').exists() and state(tmp_path, settings).seconds.min() > 0
+    assert (tmp_path/'seed=0'/'result.png').exists() and sweep_state(tmp_path, settings).seconds.min() > 0
     for other in (dict(common, batch_size=8), {k: v for k, v in common.items() if k != 'batch_size'}):
-        with pytest.raises(ValueError, match='batch_size = 4, now batch_size = 8'): sweep(BOOK/'50_run.ipynb', settings, tmp_path, **other)
+        with pytest.raises(ValueError, match='batch_size = 4, now batch_size = 8'):
+            sweep(BOOK/'50_run.ipynb', settings, tmp_path, **other)
     assert sweep(BOOK/'50_run.ipynb', settings, tmp_path, **common, workers=1, device='cpu') == [('seed=0', 'done'), ('seed=1', 'done')]
     assert plain(runs(tmp_path)) == plain(found)

@@ -69,7 +69,8 @@ def test_stopped_and_resumed_is_the_same_bits(how, step, scenes, precision, whol
     assert code != 0 and not (tmp_path/'weights.safetensors').exists()
     done = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step']
     assert done == 4 if how == signal.SIGKILL else done >= step     # at the epoch's end; a polite signal is heard at once
-    if how != signal.SIGKILL: assert 'Stopped' in error
+    if how != signal.SIGKILL:
+        assert 'Stopped' in error
     code, error = finish(start(scenes, tmp_path, precision))
     assert code == 0, error
     a, b = (read_weights(f/'weights.safetensors') for f in (whole, tmp_path))
@@ -94,11 +95,13 @@ def test_the_running_mean_by_hand(tmp_path):
     torch.manual_seed(0)
     model, seen, told = torch.nn.Linear(1, 1), [], []
     def losses(model, batch):
-        seen.append(model.weight.item()); told.append(batch['progress'])
+        seen.append(model.weight.item())
+        told.append(batch['progress'])
         return {'l': (model(batch['x'][:, None])**2).mean()}
     fit(model, losses, Numbers(), torch.optim.SGD(model.parameters(), .01), tmp_path, 2, 4, device='cpu', ema=.9)
     mean, *later = [*seen[1:], model.weight.item()]
-    for w in later: mean = .9*mean + .1*w
+    for w in later:
+        mean = .9*mean + .1*w
     assert read_weights(tmp_path/'weights.safetensors')['weight'].item() == pytest.approx(mean, rel=1e-5) != pytest.approx(seen[-1], rel=1e-3)
     assert told == [0, .25, .5, .75]
 
@@ -113,7 +116,8 @@ def test_batches_are_a_permutation_each_epoch():
 
 def test_too_large_a_batch_is_told():
     assert [len(b) for b in Batches(16, 32, 2)] == [16, 16]
-    with pytest.raises(ValueError, match='no images'): Batches(0, 32, 1)
+    with pytest.raises(ValueError, match='no images'):
+        Batches(0, 32, 1)
 
 
 @pytest.mark.parametrize('spoil, words', [
@@ -124,12 +128,14 @@ def test_weights_that_do_not_fit_are_named(spoil, words, tmp_path):
     state = Tiny().state_dict()
     spoil(state)
     torch.save(state, tmp_path/'w.pt')
-    with pytest.raises(DataError, match=words): load_weights(Tiny(), tmp_path/'w.pt')
+    with pytest.raises(DataError, match=words):
+        load_weights(Tiny(), tmp_path/'w.pt')
 
 
 def test_weights_run_no_code(tmp_path):
     class Evil:
         def __reduce__(self): return (open, (str(tmp_path/'ran'), 'w'))
     torch.save({'a': Evil()}, tmp_path/'evil.pt')
-    with pytest.raises(DataError, match='evil.pt'): read_weights(tmp_path/'evil.pt')
+    with pytest.raises(DataError, match='evil.pt'):
+        read_weights(tmp_path/'evil.pt')
     assert not (tmp_path/'ran').exists()

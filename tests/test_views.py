@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ppc.cam import Maps
-from ppc.views import draw_transformation, paired_views, resize, transformation
+from ppc.views import paired_views, random_transformation, resize, transformation
 
 quick = settings(max_examples=25, deadline=None)
 sides, seeds = st.integers(2, 24), st.integers(0, 2**20)
@@ -26,9 +27,11 @@ def literal(x, flip, degrees, pixels, side, size):
         for j in range(size):
             u, v = (j*2/(size - 1) - 1 - pixels[0]*2/(side - 1), i*2/(size - 1) - 1 - pixels[1]*2/(side - 1))   # undo the shift
             u, v = math.cos(a)*u + math.sin(a)*v, -math.sin(a)*u + math.cos(a)*v                              # the rotation
-            if flip: u = -u                                                                                    # the flip
+            if flip:
+                u = -u                                                                                    # the flip
             px, py = (u + 1)/2*(W - 1), (v + 1)/2*(H - 1)
-            if not (-1e-4 <= px <= W - 1 + 1e-4 and -1e-4 <= py <= H - 1 + 1e-4): continue
+            if not (-1e-4 <= px <= W - 1 + 1e-4 and -1e-4 <= py <= H - 1 + 1e-4):
+                continue
             seen[i, j] = True
             px, py = min(max(px, 0), W - 1), min(max(py, 0), H - 1)
             l, t = min(int(px), W - 2), min(int(py), H - 2)
@@ -55,7 +58,7 @@ def test_literal_sampler(move, source, size, seed):
 @given(st.tuples(sides, sides), st.tuples(sides, sides), seeds)
 def test_nothing_drawn_is_resize_bit_for_bit(source, size, seed):
     torch.manual_seed(seed)
-    x, a = torch.randn(3, 2, *source), draw_transformation(3, 64)
+    x, a = torch.randn(3, 2, *source), random_transformation(3, 64)
     assert torch.equal(a(x, size), resize(x, size)) and a.valid(size).all()
     assert torch.equal(a(x, size[0]), resize(x, size[0]))
 
@@ -116,7 +119,8 @@ def test_one_definition_for_every_size(move, large, small, size):
     a = transformation(*move)
     ramp = lambda s: torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, s, dtype=torch.float64)]*2, indexing='xy')).expand(2, 2, s, s)
     seen, places = a.valid(size), a.places(size).permute(0, 3, 1, 2)
-    for x in (ramp(large), ramp(small)): torch.testing.assert_close(a(x, size)*seen, places*seen, atol=1e-4, rtol=0)
+    for x in (ramp(large), ramp(small)):
+        torch.testing.assert_close(a(x, size)*seen, places*seen, atol=1e-4, rtol=0)
 
 
 def pixelwise(x): return torch.cat([x.square(), (7*x).sin(), (x > .5).to(x)], 1)
@@ -162,7 +166,7 @@ def test_draws():
     n, side = 4000, 448
     def numbers(**kw):
         torch.manual_seed(0)
-        return draw_transformation(n, side, **kw).theta.double()
+        return random_transformation(n, side, **kw).theta.double()
     flip, turn, shift, every = numbers(flip=True), numbers(rotate=20), numbers(translate=16), numbers(flip=True, rotate=20, translate=16)
     assert .45 < (flip[:, 0, 0] < 0).double().mean() < .55
     angle = torch.rad2deg(torch.atan2(turn[:, 0, 1], turn[:, 0, 0]))
@@ -179,7 +183,9 @@ def test_draws():
 
 def test_same_seed_same_views():
     x = torch.rand(3, 3, 32, 32)
-    def draw(): torch.manual_seed(5); return draw_transformation(3, 32, True, 20, 16)(x, 16)
+    def draw():
+        torch.manual_seed(5)
+        return random_transformation(3, 32, True, 20, 16)(x, 16)
     assert torch.equal(draw(), draw())
 
 
@@ -198,7 +204,7 @@ def test_gradient():
 def test_precision_is_kept(dtype):
     "Half precision maps are sampled at places that are not rounded to half precision."
     torch.manual_seed(0)
-    x, a = torch.rand(2, 3, 64, 64), draw_transformation(2, 64, True, 20, 16)
+    x, a = torch.rand(2, 3, 64, 64), random_transformation(2, 64, True, 20, 16)
     got = a(x.to(dtype), 32)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), a(x, 32), atol={torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-5), rtol=0)
@@ -207,11 +213,12 @@ def test_precision_is_kept(dtype):
 def test_paired_views():
     torch.manual_seed(0)
     maps = lambda s: Maps(torch.randn(2, 4, s, s), torch.randn(2, 4, s, s), torch.randn(2, 8, s, s))
-    source, target, a = maps(14), maps(8), draw_transformation(2, 112, True, 20, 16)
+    source, target, a = maps(14), maps(8), random_transformation(2, 112, True, 20, 16)
     s, t = paired_views(source, target, 6, True, a)
     for got, want in zip((*s[:2], *t[:2]), (a(source.refined, 6), a(source.embedding, 6), resize(target.refined, 6), resize(target.embedding, 6))):
         assert torch.equal(got, want)
     assert torch.equal(s.valid, a.valid(6)) and torch.equal(t.valid, a.valid(6)) and not s.valid.all()
     assert torch.equal(paired_views(source, target, a=a, refined=False)[0].cam, a(source.cam, 8))
-    plain, still = paired_views(source, target, 6), paired_views(source, target, 6, a=draw_transformation(2, 112))
-    for p, q in zip(plain, still): assert p.valid is None and q.valid.all() and torch.equal(p.cam, q.cam) and torch.equal(p.embedding, q.embedding)
+    plain, still = paired_views(source, target, 6), paired_views(source, target, 6, a=random_transformation(2, 112))
+    for p, q in zip(plain, still):
+        assert p.valid is None and q.valid.all() and torch.equal(p.cam, q.cam) and torch.equal(p.embedding, q.embedding)

@@ -9,15 +9,26 @@ import zipfile
 from pathlib import Path
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from scipy import sparse
 from scipy.io import savemat
 from ppc import voc
 from ppc.data import DataError, TagFolder, check, read_mask, write_mask
-from ppc.folders import report
+from ppc.folders import folder_report
 from ppc.scenes import scene
-from ppc.voc import VOC_CLASSES, VOC_SIZES, check_splits, make_voc, read_cls_labels, read_ids, read_objects, read_sbd_mask, train_aug
+from ppc.voc import (
+    VOC_CLASSES,
+    VOC_SIZES,
+    check_splits,
+    make_voc,
+    read_cls_labels,
+    read_ids,
+    read_objects,
+    read_sbd_mask,
+    train_aug,
+)
 
 NAMES = np.array([VOC_CLASSES.index(c) for c in ['background', 'cat', 'dog', 'horse', 'cow', 'sheep', 'bird']], np.uint8)
 
@@ -32,8 +43,10 @@ def small_voc(folder, archives=False, seed=0):
     for n, i in enumerate(ids):
         image, mask = _picture(seed, n)
         _save(devkit/'VOC2012'/'JPEGImages'/f'{i}.jpg', image)
-        if i not in test: _text(devkit/'VOC2012'/'Annotations'/f'{i}.xml', _annotation(mask, n))
-        if i in train + val: write_mask(_parent(devkit/'VOC2012'/'SegmentationClass'/f'{i}.png'), _bordered(mask))
+        if i not in test:
+            _text(devkit/'VOC2012'/'Annotations'/f'{i}.xml', _annotation(mask, n))
+        if i in train + val:
+            write_mask(_parent(devkit/'VOC2012'/'SegmentationClass'/f'{i}.png'), _bordered(mask))
         if i in train[4:] + val[3:] + more:
             _save(sbd/'dataset'/'img'/f'{i}.jpg', image)
             _mat(sbd/'dataset'/'cls'/f'{i}.mat', mask)
@@ -71,7 +84,8 @@ def _bordered(mask):
 
 def _mat(path, mask):
     edges = np.empty((20, 1), object)
-    for c in range(20): edges[c, 0] = sparse.csc_matrix(_bordered(mask == c + 1) == 255)
+    for c in range(20):
+        edges[c, 0] = sparse.csc_matrix(_bordered(mask == c + 1) == 255)
     present = np.array([c for c in np.unique(mask) if c], np.uint8)[:, None]
     savemat(_parent(path), {'GTcls': {'Boundaries': edges, 'Segmentation': mask, 'CategoriesPresent': present}}, do_compression=True)
 
@@ -81,7 +95,8 @@ def _packed(folder, devkit, sbd, test):
     with tarfile.open(first, 'w') as a, tarfile.open(last, 'w') as b:
         for path in sorted(p for p in devkit.rglob('*') if p.is_file()):
             (b if path.stem in ('test', *test) else a).add(path, path.relative_to(folder))
-    with tarfile.open(other, 'w:gz') as c: c.add(sbd, sbd.name)
+    with tarfile.open(other, 'w:gz') as c:
+        c.add(sbd, sbd.name)
     return [first, last, other]
 
 
@@ -116,8 +131,10 @@ COUNTS = {'train': 8, 'val': 6, 'train_aug': 14, 'test': 4, 'masks': 20, 'withou
 
 
 def fails(what, *words):
-    with pytest.raises(DataError) as e: what()
-    for w in words: assert str(w) in str(e.value), str(e.value)
+    with pytest.raises(DataError) as e:
+        what()
+    for w in words:
+        assert str(w) in str(e.value), str(e.value)
 
 
 def listed(sources, name, of=0): return (sources[0]/'VOC2012'/'ImageSets'/'Segmentation', sources[1]/'dataset')[of]/f'{name}.txt'
@@ -137,7 +154,7 @@ def test_counts_and_folder(made):
 
 def test_report_agrees(made):
     "The general check of a folder counts the same and finds no more than that six classes are too few for VOC."
-    table, problems = report(made[0])
+    table, problems = folder_report(made[0])
     assert {s: table.loc['images', s] for s in VOC_SIZES} == {s: COUNTS[s] for s in VOC_SIZES}
     assert table.loc['masks'].to_dict() == dict(train=8, val=6, train_aug=14, test=0)
     assert len(problems) == 14 and all('classes.txt' in p for p in problems)
@@ -149,7 +166,8 @@ def test_lists_by_the_rule_in_plain_words(made):
     get = lambda name, of=0: listed(sources, name, of).read_text().split()
     want = []
     for i in sorted(get('train') + get('train', 1) + get('val', 1)):
-        if i not in get('val') and i not in want: want.append(i)
+        if i not in get('val') and i not in want:
+            want.append(i)
     assert TagFolder(root, 'train_aug').ids == want
     leaks = [i for i in get('train', 1) + get('val', 1) if i in get('val')]
     assert len(leaks) == 3 and not {*leaks} & {*want}
@@ -169,16 +187,19 @@ def test_converted_masks_are_those_drawn(made):
     for n in range(18, 24):
         path = root/'SegmentationClass'/f'20{7 + n//10:02}_{37*n + 2:06}.png'
         assert (read_mask(path) == _picture(0, n)[1]).all()
-        with Image.open(path) as im: assert im.mode == 'P' and im.getpalette()[3:6] == [128, 0, 0]
+        with Image.open(path) as im:
+            assert im.mode == 'P' and im.getpalette()[3:6] == [128, 0, 0]
 
 
 def test_archives_give_the_same(made, tmp_path):
     root, _, _ = made
     sources = small_voc(tmp_path/'there', archives=True)
-    for _ in range(2): assert make_voc(tmp_path/'voc', sources) == COUNTS     # again: nothing changes
+    for _ in range(2):
+        assert make_voc(tmp_path/'voc', sources) == COUNTS     # again: nothing changes
     same = lambda name: (root/name).read_text() == (tmp_path/'voc'/name).read_text()
     assert same('tags.csv') and same('classes.txt') and all(same(f'ImageSets/{s}.txt') for s in VOC_SIZES)
-    for f in (root/'SegmentationClass').iterdir(): assert (read_mask(f) == read_mask(tmp_path/'voc'/'SegmentationClass'/f.name)).all()
+    for f in (root/'SegmentationClass').iterdir():
+        assert (read_mask(f) == read_mask(tmp_path/'voc'/'SegmentationClass'/f.name)).all()
 
 
 def test_again_converts_only_what_is_missing(sources, tmp_path, monkeypatch):
@@ -195,8 +216,10 @@ def test_again_converts_only_what_is_missing(sources, tmp_path, monkeypatch):
 def test_any_nesting(sources, tmp_path, nest):
     "Folders are known by what is in them: given as such, from above, in another folder, with links that lead in a circle."
     there = tmp_path/'originals'
-    if nest == 'here': given = [sources[0]/'VOC2012', sources[1]/'dataset']
-    if nest == 'devkit': given = [there]
+    if nest == 'here':
+        given = [sources[0]/'VOC2012', sources[1]/'dataset']
+    if nest == 'devkit':
+        given = [there]
     if nest == 'inside':
         (tmp_path/'a'/'b').mkdir(parents=True)
         there.rename(tmp_path/'a'/'b'/'c')
@@ -206,7 +229,8 @@ def test_any_nesting(sources, tmp_path, nest):
         given = [there]
     if nest == 'linked':
         (tmp_path/'links').mkdir()
-        for s in sources: (tmp_path/'links'/s.name[:3]).symlink_to(s)
+        for s in sources:
+            (tmp_path/'links'/s.name[:3]).symlink_to(s)
         given = [tmp_path/'links']
     assert make_voc(tmp_path/'voc', given) == COUNTS
 
@@ -227,7 +251,8 @@ def test_segmentationclassaug_stands_in_for_sbd(made, tmp_path):
     with zipfile.ZipFile(tmp_path/'SegmentationClassAug.zip', 'w') as z:
         for f in (root/'SegmentationClass').iterdir():
             z.write(f.resolve(), f'SegmentationClassAug/{f.name}')
-            for folder in ('', '__MACOSX/'): z.writestr(f'{folder}SegmentationClassAug/._{f.name}', b'what a Mac adds')
+            for folder in ('', '__MACOSX/'):
+                z.writestr(f'{folder}SegmentationClassAug/._{f.name}', b'what a Mac adds')
     assert make_voc(tmp_path/'voc', [sources[0], tmp_path/'SegmentationClassAug.zip']) == COUNTS
     again = TagFolder(tmp_path/'voc', 'train_aug')
     assert again.ids == TagFolder(root, 'train_aug').ids and all(again.mask_path(k).is_symlink() for k in range(14))
@@ -267,7 +292,8 @@ def test_tags_are_the_classes_drawn(made):
     "Where every class of a mask is an object, tags and masks say the same."
     folder = TagFolder(made[0], 'train_aug')
     drawn = {f'20{7 + n//10:02}_{37*n + 2:06}': {*np.unique(_picture(0, n)[1])} - {0} for n in range(24)}
-    for i, tags in zip(folder.ids, folder.tags): assert {*(tags.nonzero().flatten() + 1).tolist()} == drawn[i] | ({8} if not drawn[i] else set())
+    for i, tags in zip(folder.ids, folder.tags):
+        assert {*(tags.nonzero().flatten() + 1).tolist()} == drawn[i] | ({8} if not drawn[i] else set())
 
 
 def test_difficult_objects(made, tmp_path):
@@ -310,8 +336,10 @@ def good(n=3, protocol=4, width=20): return pickle.dumps(np.array({f'2007_{i:06}
 @pytest.mark.parametrize('old', [False, True])
 def test_cls_labels_of_numpy_1_and_2(tmp_path, protocol, old):
     program = good(protocol=protocol)
-    if old: program = program.replace(b'\x16numpy._core.multiarray', b'\x15numpy.core.multiarray').replace(b'numpy._core.', b'numpy.core.')
-    if old and protocol == 4: program = program.replace(program[3:11], struct.pack('<Q', struct.unpack('<Q', program[3:11])[0] - 1))   # its length
+    if old:
+        program = program.replace(b'\x16numpy._core.multiarray', b'\x15numpy.core.multiarray').replace(b'numpy._core.', b'numpy.core.')
+    if old and protocol == 4:
+        program = program.replace(program[3:11], struct.pack('<Q', struct.unpack('<Q', program[3:11])[0] - 1))   # its length
     assert (b'numpy.core.' in program) == old
     assert read_cls_labels(npy(tmp_path/'l.npy', program)) == {f'2007_{i:06}': [VOC_CLASSES[i + 1]] for i in range(3)}
 
@@ -364,8 +392,10 @@ def test_damaged_cls_labels(at, to):
         whole = bytearray(path.read_bytes())
         whole[at % len(whole)] = to
         path.write_bytes(whole)
-        try: assert all(c in VOC_CLASSES[1:] for classes in read_cls_labels(path).values() for c in classes)
-        except DataError as e: assert 'l.npy' in str(e)
+        try:
+            assert all(c in VOC_CLASSES[1:] for classes in read_cls_labels(path).values() for c in classes)
+        except DataError as e:
+            assert 'l.npy' in str(e)
 
 
 @pytest.mark.parametrize('row', [np.zeros(21, np.float32), np.zeros(0, np.float32), np.zeros((20, 1), np.float32), np.full(20, .5, np.float32),
@@ -397,7 +427,8 @@ def test_cls_labels_without_an_image(made, tmp_path):
     np.save(tmp_path/'l.npy', {'2007_000001': np.zeros(20)})
     fails(lambda: make_voc(tmp_path/'voc', made[1], labels=tmp_path/'l.npy'), 'l.npy', '2007_000002')
     fails(lambda: make_voc(tmp_path/'voc', made[1], labels=tmp_path/'none.npy'), 'none.npy', 'missing')
-    with pytest.raises(ValueError, match='not both'): make_voc(tmp_path/'voc', made[1], difficult=False, labels=tmp_path/'l.npy')
+    with pytest.raises(ValueError, match='not both'):
+        make_voc(tmp_path/'voc', made[1], difficult=False, labels=tmp_path/'l.npy')
 
 
 # ---- what may be wrong with the originals
@@ -486,8 +517,10 @@ def test_mat_with_a_byte_changed(tmp_path_factory, at, to):
     whole = bytearray(path.read_bytes())
     whole[at % len(whole)] = to
     path.write_bytes(whole)
-    try: assert read_sbd_mask(path).max() < 21
-    except DataError as e: assert 'byte.mat' in str(e)
+    try:
+        assert read_sbd_mask(path).max() < 21
+    except DataError as e:
+        assert 'byte.mat' in str(e)
 
 
 def test_archive_that_leads_out(tmp_path):
@@ -528,7 +561,8 @@ def test_10582():
     splits = dict(train=train, val=val, train_aug=train_aug(train, val, sbd), test=ids(1456, 20000))
     assert {s: len(i) for s, i in splits.items()} == VOC_SIZES
     check_splits(splits)
-    for s in ('train_aug', 'test'): fails(lambda: check_splits(splits | {s: splits[s][:-1]}), s, VOC_SIZES[s] - 1, VOC_SIZES[s])
+    for s in ('train_aug', 'test'):
+        fails(lambda: check_splits(splits | {s: splits[s][:-1]}), s, VOC_SIZES[s] - 1, VOC_SIZES[s])
 
 
 @given(st.lists(st.sets(st.integers(0, 30)), min_size=3, max_size=3))
@@ -548,9 +582,11 @@ def test_nothing_given_is_downloaded(tmp_path, monkeypatch):
     def fetch(url, folder, name, md5):
         asked.append((url, name, md5))
         target = Path(folder)/name
-        if not target.exists(): _parent(target).write_bytes((tmp_path/'server'/name).read_bytes())
+        if not target.exists():
+            _parent(target).write_bytes((tmp_path/'server'/name).read_bytes())
     monkeypatch.setattr(voc, 'download_url', fetch)
-    for _ in range(2): assert make_voc(tmp_path/'voc') == {k: n for k, n in COUNTS.items() if k != 'test'}
+    for _ in range(2):
+        assert make_voc(tmp_path/'voc') == {k: n for k, n in COUNTS.items() if k != 'test'}
     assert [name for _, name, _ in asked[:2]] == [small[0].name, small[2].name] and all(len(md5) == 32 and 'http' in url for url, _, md5 in asked)
     assert (tmp_path/'voc'/'originals'/'benchmark.tgz').is_file()
     assert make_voc(tmp_path/'voc', [tmp_path/'voc'/'originals', small[1]]) == COUNTS

@@ -1,7 +1,8 @@
 "The random walk against its dense form, what it conserves, and little and bad input."
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ppc.walk import neighbours, random_walk, transition
 
 seeds = st.integers(0, 2**31)
@@ -58,11 +59,13 @@ def test_any_size_is_the_dense_power(P, H, W, radius, beta, t, seed):
     for k, (dy, dx) in enumerate(literal_neighbours(radius)):
         for y in range(H):
             for x in range(W):
-                if not (0 <= y + dy < H and 0 <= x + dx < W): affinity[k, y, x] = torch.nan
+                if not (0 <= y + dy < H and 0 <= x + dx < W):
+                    affinity[k, y, x] = torch.nan
     got = random_walk(scores, affinity, radius, beta, t)
     torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
     torch.testing.assert_close((got.flatten(1)*A.sum(0)).sum(1), (scores.flatten(1)*A.sum(0)).sum(1))   # conserved: mass times degree
-    if P: assert got.max() <= scores.max() + 1e-12 and got.min() >= scores.min() - 1e-12                   # a step averages
+    if P:
+        assert got.max() <= scores.max() + 1e-12 and got.min() >= scores.min() - 1e-12                   # a step averages
     flat = torch.full((1, H, W), .3, dtype=torch.float64)
     torch.testing.assert_close(random_walk(flat, affinity, radius, beta, t), flat)
 
@@ -81,14 +84,16 @@ def test_a_mirrored_image_walks_mirrored():
     "Affinities belong to pairs: turning map and pairs upside down and left to right turns the result."
     scores, affinity = drawn(2, 9, 11, 5, 0)
     turned = torch.zeros_like(affinity)
-    for k, (dy, dx) in enumerate(literal_neighbours(5)): turned[k] = affinity[k].roll((dy, dx), (0, 1)).flip(0, 1)
+    for k, (dy, dx) in enumerate(literal_neighbours(5)):
+        turned[k] = affinity[k].roll((dy, dx), (0, 1)).flip(0, 1)
     torch.testing.assert_close(random_walk(scores.flip(1, 2), turned, 5, 8, 32), random_walk(scores, affinity, 5, 8, 32).flip(1, 2))
 
 
 def test_input_is_left_alone():
     scores, affinity = drawn(2, 6, 6, 5, 0)
     before = scores.clone(), affinity.clone()
-    random_walk(scores, affinity, 5, 8, 0).zero_(); random_walk(scores, affinity, 5, 8, 3).zero_()
+    random_walk(scores, affinity, 5, 8, 0).zero_()
+    random_walk(scores, affinity, 5, 8, 3).zero_()
     assert torch.equal(scores, before[0]) and torch.equal(affinity, before[1])
 
 
