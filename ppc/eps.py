@@ -8,17 +8,18 @@ __all__ = ['salient_classes', 'saliency_estimate', 'saliency_loss', 'eps_losses'
 # %% ../nbs/14_eps.ipynb #0246c1eb
 import torch
 import torch.nn.functional as F
-from .cam import class_loss
-from .views import resize
+from torch import Tensor
+from .cam import Maps, class_loss
+from .views import Transformation, resize
 
 # %% ../nbs/14_eps.ipynb #5c9ffdbb
 def salient_classes(
-    p,          # (N, C+1, h, w) probabilities
-    saliency,   # (N, 1, h, w) in 0..1
-    tau=.4,     # share of a class's pixels
-    valid=None, # (N, 1, h, w) bool; None: everywhere
-):              # (N, C) bool
-    "Of each foreground class: are more than `tau` of its pixels salient?"
+    p: Tensor,  # (N, C+1, h, w) probabilities
+    saliency: Tensor,  # (N, 1, h, w) in 0..1
+    tau: float = .4,  # share of a class's pixels
+    valid: Tensor | None = None,  # (N, 1, h, w) bool; None: everywhere
+) -> Tensor:  # (N, C) bool
+    "The foreground classes of which more than the share `tau` of the pixels is salient."
     wins = p[:, 1:].detach() > .5
     seen = torch.ones_like(saliency, dtype=torch.bool) if valid is None else valid
     hits = (wins & (saliency > .5) & seen).sum((2, 3))
@@ -26,28 +27,29 @@ def salient_classes(
 
 # %% ../nbs/14_eps.ipynb #dfb5ae90
 def saliency_estimate(
-    cam,        # (N, C+1, h, w) raw
-    saliency,   # (N, 1, h, w) in 0..1, decides which classes are foreground
-    tags,       # (N, C)
-    lam=.5,     # weight of the foreground; the authors of EPS: .5 for VOC, .9 for COCO
-    tau=.4,     # see `salient_classes`
-    valid=None, # (N, 1, h, w) bool; None: everywhere
-):              # (N, 1, h, w) in 0..1
+    cam: Tensor,  # (N, C+1, h, w) raw
+    saliency: Tensor,  # (N, 1, h, w) in 0..1, decides which classes are foreground
+    tags: Tensor,  # (N, C)
+    lam: float = .5,  # weight of the foreground; EPS's authors: .5 for VOC, .9 for COCO
+    tau: float = .4,  # see `salient_classes`
+    valid: Tensor | None = None,  # (N, 1, h, w) bool; None: everywhere
+) -> Tensor:  # (N, 1, h, w) in 0..1
     "The saliency that the maps add up to."
     p = cam.softmax(1)
-    tagged, out = tags > 0, salient_classes(p, saliency, tau, valid)
-    fg, lost = [(p[:, 1:]*which[:, :, None, None]).sum(1, keepdim=True) for which in (tagged & out, tagged & ~out)]
+    tagged, salient = tags > 0, salient_classes(p, saliency, tau, valid)
+    kinds = tagged & salient, tagged & ~salient
+    fg, lost = ((p[:, 1:]*kind[:, :, None, None]).sum(1, keepdim=True) for kind in kinds)
     return lam*fg + (1 - lam)*(1 - p[:, :1] - lost)
 
 # %% ../nbs/14_eps.ipynb #6467c7b1
 def saliency_loss(
-    cam,        # (N, C+1, h, w) raw
-    saliency,   # (N, 1, H, W) in 0..1
-    tags,       # (N, C)
-    lam=.5,     # weight of the foreground
-    tau=.4,     # see `salient_classes`
-    valid=None, # (N, 1, h, w) bool; None: everywhere
-):              # scalar
+    cam: Tensor,  # (N, C+1, h, w) raw
+    saliency: Tensor,  # (N, 1, H, W) in 0..1
+    tags: Tensor,  # (N, C)
+    lam: float = .5,  # weight of the foreground
+    tau: float = .4,  # see `salient_classes`
+    valid: Tensor | None = None,  # (N, 1, h, w) bool; None: everywhere
+) -> Tensor:  # scalar
     "Mean squared difference between a saliency map and what the CAM adds up to."
     s = F.interpolate(saliency, size=cam.shape[2:], mode='nearest')
     d = (saliency_estimate(cam, s, tags, lam, tau, valid) - s).square()
@@ -55,29 +57,36 @@ def saliency_loss(
 
 # %% ../nbs/14_eps.ipynb #f910ce35
 def eps_losses(
-    source,   # `Maps` of the images
-    saliency, # (N, 1, H, W) in 0..1
-    tags,     # (N, C)
-    lam=.5,   # weight of the foreground
-    tau=.4,   # see `salient_classes`
-):            # dict of scalars: cls, sal
+    source: Maps,  # of the images
+    saliency: Tensor,  # (N, 1, H, W) in 0..1
+    tags: Tensor,  # (N, C)
+    lam: float = .5,  # weight of the foreground
+    tau: float = .4,  # see `salient_classes`
+) -> dict[str, Tensor]:  # scalars: cls, sal
     "EPS's terms, to be summed."
-    return {'cls': class_loss(source.cam, tags), 'sal': saliency_losses(source, None, saliency, tags, lam, tau)}
+    sal = saliency_losses(source, None, saliency, tags, lam, tau)
+    return {'cls': class_loss(source.cam, tags), 'sal': sal}
 
 # %% ../nbs/14_eps.ipynb #47f88a12
 def saliency_losses(
-    source,   # `Maps` of the images
-    target,   # `Maps` of the second view, or None
-    saliency, # (N, 1, H, W) in 0..1, of the images
-    tags,     # (N, C)
-    lam=.5,   # weight of the foreground
-    tau=.4,   # see `salient_classes`
-    a=None,   # `Transformation` that made the target images; None: they were rescaled
-):            # scalar
-    "The saliency loss, a mean over the views, of the CAMs plus that of the refined maps where there are any."
+    source: Maps,  # of the images
+    target: Maps | None,  # of the second view, if there is one
+    saliency: Tensor,  # (N, 1, H, W) in 0..1, of the images
+    tags: Tensor,  # (N, C)
+    lam: float = .5,  # weight of the foreground
+    tau: float = .4,  # see `salient_classes`
+    a: Transformation | None = None,  # that made the target images; None: they were rescaled
+) -> Tensor:  # scalar
+    "The saliency loss of the CAMs plus that of the refined maps, each a mean over the views."
     views = [(source, saliency, None)]
     if target is not None:
-        size = target.cam.shape[2:]
-        views.append((target, *((resize(saliency, size), None) if a is None else (a(saliency, size), a.valid(size, saliency.device)))))
-    losses = [saliency_loss(m, s, tags, lam, tau, valid) for maps, s, valid in views for m in (maps.cam, maps.refined) if m is not None]
+        views.append((target, *_seen_saliency(saliency, target.cam.shape[2:], a)))
+    losses = [saliency_loss(m, s, tags, lam, tau, valid)
+              for maps, s, valid in views for m in (maps.cam, maps.refined) if m is not None]
     return sum(losses)/len(views)
+
+# %% ../nbs/14_eps.ipynb #bf149166
+def _seen_saliency(saliency, size, a):  # of the target view, and where it is valid
+    if a is None:
+        return resize(saliency, size), None
+    return a(saliency, size), a.valid(size, saliency.device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from tqdm import tqdm
-from .cam import minmax_normalise
+from .cam import normalise_maps
 from .data import DataError, atomic, normalise
 from .views import resize
 
@@ -38,7 +38,7 @@ def cam_scores(
 ):        # scores (P, H, W) in 0..1, numbers (P,) of the P tagged classes, from 1
     "The CAM of the tagged classes, each stretched from its smallest to its largest value."
     present = tags.nonzero().flatten().to(maps.device)
-    return minmax_normalise(maps[1:][present]), present + 1
+    return normalise_maps(maps[1:][present]), present + 1
 
 # %% ../nbs/31_inference.ipynb #a83dbb21
 def write_cam(path, scores, present):

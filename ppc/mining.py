@@ -7,73 +7,82 @@ __all__ = ['descending_rank', 'rank_within_group', 'rounded_share', 'semi_hard_n
 
 # %% ../nbs/21_mining.ipynb #b491ab89
 import torch
+from torch import Tensor
 from .prototypes import all_gather_cat, process_rank
 
 # %% ../nbs/21_mining.ipynb #ab8be7a0
 def descending_rank(
-    x, # (..., n)
-):     # (..., n) long
-    "The place of each value in descending order along the last dimension: 0 is the largest."
+    x: Tensor,  # (..., n)
+) -> Tensor:  # (..., n) long
+    "The rank of each value along the last dimension: 0 is the largest."
     order = x.argsort(dim=-1, descending=True, stable=True)
-    return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
+    ranks = torch.arange(x.shape[-1], device=x.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
 
+# %% ../nbs/21_mining.ipynb #3e24f2bf
 def rank_within_group(
-    key,    # (n,) float
-    group,  # (n,) long in 0..groups-1
-    groups, # how many
-):          # rank (n,), size of the own group (n,)
-    "The place of each value in descending order among those of its own group."
+    key: Tensor,  # (n,) float
+    group: Tensor,  # (n,) long in 0..groups-1
+    groups: int,  # how many
+) -> tuple[Tensor, Tensor]:  # rank (n,), size of the own group (n,)
+    "The rank of each value among those of its own group: 0 is the largest."
     order = key.argsort(dim=0, descending=True, stable=True)
     order = order[group[order].argsort(dim=0, stable=True)]
-    size = torch.zeros(groups, dtype=torch.long, device=key.device).scatter_add_(0, group, torch.ones_like(group))
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device))
+    size = torch.zeros(groups, dtype=torch.long, device=key.device)
+    size = size.scatter_add_(0, group, torch.ones_like(group))
+    position = torch.arange(len(order), device=key.device)
+    place = torch.empty_like(order).scatter_(0, order, position)
     return place - (size.cumsum(0) - size)[group], size[group]
 
 # %% ../nbs/21_mining.ipynb #80bd70d7
 def rounded_share(
-    n, # long tensor
-    f, # fraction
-):     # long tensor
-    "The fraction f of n, rounded, but at least one where there is one."
-    return torch.minimum((n*f + .5).floor().long().clamp(min=1), n)
+    n: Tensor,  # long
+    fraction: float,
+) -> Tensor:  # long
+    "The fraction of n, rounded, but at least one where there is one."
+    return torch.minimum((n*fraction + .5).floor().long().clamp(min=1), n)
 
 # %% ../nbs/21_mining.ipynb #73ebac9b
 def semi_hard_negatives(
-    similarity,  # dot products of pixels and prototypes (n, C+1)
-    y,           # positive of each pixel (n,)
-    exists,      # (C+1,) bool: those that may be negatives
-    band=False,  # the authors': leave out the hardest, keep the next ones, instead of drawing
-    ranked=False,# the authors': the positive is ranked, and kept, like any other
-    hardest=.6,  # share of the negatives that is hard enough
-    keep=.5,     # share that is kept: of the hard ones by lot, or of all as a band
-):               # (n, C+1) bool
-    "The negatives of each pixel for the intra-view contrast."
+    similarity: Tensor,  # dot products of pixels and prototypes (n, C+1)
+    y: Tensor,  # positive of each pixel (n,)
+    exists: Tensor,  # (C+1,) bool: those that may be negatives
+    band: bool = False,  # the authors': leave out the hardest and keep the next, no random choice
+    ranked: bool = False,  # the authors': the positive is ranked, and kept, like any other
+    hardest: float = .6,  # share of the negatives that is hard enough
+    keep: float = .5,  # share that is kept: of the hard ones at random, or of all as a band
+) -> Tensor:  # (n, C+1) bool
+    "The negatives of each pixel for the intra-view contrast (§3.5)."
     own = torch.arange(len(exists), device=y.device) == y[:, None]
     negative = (exists if ranked else exists & ~own).expand_as(similarity)
     n = negative.sum(1, keepdim=True)
-    hard, place = rounded_share(n, hardest), descending_rank(similarity.masked_fill(~negative, -torch.inf))
-    pool = negative & (place < hard)
+    hard = rounded_share(n, hardest)
+    rank = descending_rank(similarity.masked_fill(~negative, -torch.inf))
+    pool = negative & (rank < hard)
     if band:
-        return pool & (place >= hard - (n*keep).long())
+        return pool & (rank >= hard - (n*keep).long())
     lot = torch.rand_like(similarity, dtype=torch.float32).masked_fill(~pool, -1)
     return pool & (descending_rank(lot) < rounded_share(hard, keep))
 
 # %% ../nbs/21_mining.ipynb #5f9ae857
 def hard_pixels(
-    similarity, # of each pixel to its own prototype (n,)
-    y,          # class of each pixel (n,)
-    classes,    # C+1
-    band=False, # the authors': the hard half stops short of the hardest pixels
-    hardest=.6, # share of the pixels that the band ends at
-):              # (n,) float in {0, 1, 2}
-    "How often each pixel counts: once if drawn among the random half of its class, once if in the hard half. Over all processes."
-    chance, n = _everywhere(torch.rand_like(similarity, dtype=torch.float32), y, classes)
-    place, _ = _everywhere(-similarity, y, classes)
+    similarity: Tensor,  # of each pixel to its own prototype (n,)
+    y: Tensor,  # class of each pixel (n,)
+    classes: int,  # C+1
+    band: bool = False,  # the authors': the hard half stops short of the hardest pixels
+    hardest: float = .6,  # share of the pixels that the band ends at
+) -> Tensor:  # (n,) float in {0, 1, 2}
+    "How often each pixel counts: once in the random half of its class, once in the hard half."
+    lot = torch.rand_like(similarity, dtype=torch.float32)
+    random, n = _rank_in_class(lot, y, classes)
+    rank, _ = _rank_in_class(-similarity, y, classes)
     end = (n.double()*hardest).long() if band else n - n//2
-    hard = (place < end) & (place >= end - n//2) if band else place < end
-    return (chance < n//2).float() + hard.float()
+    hard = (rank < end) & (rank >= end - n//2) if band else rank < end
+    return (random < n//2).float() + hard.float()
 
-def _everywhere(key, group, groups):   # `rank_within_group` the pixels of all processes, for one's own
-    place, n = rank_within_group(all_gather_cat(key), all_gather_cat(group), groups)
-    mine = slice(process_rank()*len(key), (process_rank() + 1)*len(key))
-    return place[mine], n[mine]
+# %% ../nbs/21_mining.ipynb #bc751c0f
+def _rank_in_class(key, y, classes):
+    "Rank of this process's pixels among those of all processes, and the size of their class."
+    rank, n = rank_within_group(all_gather_cat(key), all_gather_cat(y), classes)
+    own = slice(process_rank()*len(key), (process_rank() + 1)*len(key))
+    return rank[own], n[own]

@@ -8,13 +8,13 @@ import torch.multiprocessing as mp
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from ppc import mining
+from ppc.cam import normalise_maps
 from ppc.contrast import (
     OFFICIAL_READING,
     PAPER_READING,
     READINGS,
     PixelToPrototypeContrast,
     Reading,
-    scaled,
     view_pixels,
 )
 from ppc.views import View
@@ -48,7 +48,7 @@ def untied(views, tags, K, reading):
     """Rounding decides nothing. No two prototypes are equally near to a pixel, no two pixels of a class to its prototype; and no two
     confidences differ by less than float32 can tell: the best pixels of two images are 1 - 1e-5/max, a hair apart, and the K best are chosen."""
     for x in views:
-        fg = scaled(x.cam[:, 1:].double(), reading.norm)
+        fg = normalise_maps(x.cam[:, 1:].double(), reading.norm, clip=False)
         m = torch.cat([1 - (fg*tags[:, :, None, None]).amax(1, keepdim=True), fg], 1).transpose(0, 1).flatten(1)
         if any(((g > 0) & (g < 3e-7)).any() for g in (m.sort(0).values.diff(dim=0), m.sort(1).values.diff(dim=1))):
             return False

@@ -62,7 +62,8 @@ def with_gradients(terms, leaves):
 def of_cam():
     m = raw_maps(0)
     confidence = cam.confidences(m, tags())
-    found = {'stretch': cam.minmax_normalise(m), 'confidences': confidence, 'labels': cam.pseudo_labels(confidence)}
+    with_bg = cam.with_background(confidence[:, 1:], 'constant', .2)
+    found = {'stretch': cam.normalise_maps(m), 'confidences': confidence, 'labels': cam.pseudo_labels(with_bg)}
     found['loss'] = cam.class_loss(m, tags())
     present, numbers = inference.cam_scores(m[1], tags()[1])
     return found | {'scores': present, 'numbers': numbers}
