@@ -21,10 +21,11 @@ from .crf import Pairwise, crf, crf_cam, seed_mask
 from .data import ENDINGS, DataError, atomic, normalise, read_image, read_rows, write_mask
 from .deeplab import DeepLab, Recipe, predict
 from .inference import cam_scores, multi_scale_maps
-from .pipeline import best_method, read_run, run_classes, trained_segmenter
+from .methods import Method, find_method, make_camnet
+from .pipeline import read_run, run_classes, trained_segmenter
 from .plots import overlay
-from .stages import competes, make_camnet, read_json, seed_pairwise, segmentation_recipe
 from .weights import load_weights
+from .work import best_method, read_json, seed_pairwise, seed_threshold, segmentation_recipe
 
 # %% ../nbs/42_predicting.ipynb #58b0f022
 def tag_vector(
@@ -95,14 +96,16 @@ def load_model(
     path = Path(path)
     if (path/'train'/'metrics.json').is_file():
         return load_cams(path, crf)
-    methods, (s, c, seeds, r, g) = read_run(path)
+    methods, config = read_run(path)
     if (path/'segmenter'/'metrics.json').is_file():
-        recipe = segmentation_recipe(g)
-        return SegmenterModel(trained_segmenter(path).eval(), run_classes(path, s.data), recipe if crf else replace(recipe, pairwise=None))
+        recipe = segmentation_recipe(config)
+        recipe = recipe if crf else replace(recipe, pairwise=None)
+        classes = run_classes(path, config.run.data)
+        return SegmenterModel(trained_segmenter(path).eval(), classes, recipe)
     trained = [m for m in methods if (path/m/'train'/'metrics.json').is_file()]
     if not trained:
         raise DataError(f'{path} holds no trained network yet: let its run come to an end.')
-    return load_cams(path/best_method({m: {'seed': _seed_metrics(path/m)} for m in trained}), crf)
+    return load_cams(path/best_method({m: _seed_metrics(path/m) for m in trained}), crf)
 
 # %% ../nbs/42_predicting.ipynb #a0de8ecf
 def _seed_metrics(folder):  # of a method, also where the run ended before it had seeds
@@ -110,20 +113,22 @@ def _seed_metrics(folder):  # of a method, also where the run ended before it ha
     return read_json(path) if path.is_file() else {'miou': None}
 
 def load_cams(
-    folder,   # of a method: runs/mine/seam+ppc
-    crf=True, # as in `load_model`
-):            # `CamModel`
-    "The CAM network of a method, its best background threshold, and the CRF if the run used one on seeds. Raises `DataError`."
-    folder = Path(folder).resolve()   # also of '.', whose parent has to be known
-    _, (s, c, seeds, r, g) = read_run(folder.parent)
-    classes = run_classes(folder.parent, s.data)
-    method = read_json(folder/'train'/'config.json')['method']
-    network = make_camnet(replace(c, weights=''), len(classes), method)
+    folder: Path | str,  # of a method: runs/mine/seam+ppc
+    crf: bool = True,  # as in `load_model`
+    method: Method | None = None,  # its record, where it is not one of the package
+) -> CamModel:
+    "The CAM network of a method, its threshold, and the CRF its run used. Raises `DataError`."
+    folder = Path(os.path.abspath(folder))  # also of '.', whose parent has to be known
+    _, config = read_run(folder.parent)
+    classes, seeds = run_classes(folder.parent, config.run.data), config.seeds
+    method = method or find_method(folder.name)
+    network = make_camnet(config.replace(weights=''), len(classes), method)
     load_weights(network, folder/'train'/'weights.safetensors')
-    threshold = seeds.threshold or _seed_metrics(folder).get('threshold', .25)
-    pairwise = seed_pairwise(seeds) if crf and (seeds.crf or r.refine == 'crf') else None
     network = network.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-    return CamModel(network, classes, seeds.scales, seeds.refined, threshold, competes(method), pairwise, seeds.crf_power)
+    crf = crf and (seeds.crf or config.refine.refine == 'crf')
+    return CamModel(
+        network, classes, seeds.scales, seeds.refined, seed_threshold(_seed_metrics(folder), config),
+        method.saliency, seed_pairwise(config) if crf else None, seeds.crf_power)
 
 # %% ../nbs/42_predicting.ipynb #3f650912
 def mask_of(

@@ -25,10 +25,10 @@ from markupsafe import Markup
 from PIL import Image
 from .data import DataError, TagFolder, atomic, read_mask
 from .inference import read_cam
-from .parameters import settings
-from .pipeline import SHOWN
+from .parameters import Config
+from .work import SHOWN
 from .plots import colour_cam, colour_mask, loss_curves, threshold_curves
-from .stages import read_json
+from .work import read_json
 from .training import read_log
 
 # %% ../nbs/47_report.ipynb #b056ba94
@@ -105,7 +105,7 @@ def class_table(run):
 # %% ../nbs/47_report.ipynb #sc4b3539
 def settings_tables(run):
     "What was told otherwise than the defaults, and the rest."
-    usual = {k: v for part in settings().values() for k, v in asdict(part).items()}
+    usual = Config().flat()
     other = {k: v for k, v in run.parameters.items() if k not in usual or v != usual[k]}
     rest = [[k, format_value(v)] for k, v in run.parameters.items() if k not in other]
     changed = [[k, format_value(v), format_value(usual[k]) if k in usual else 'not known'] for k, v in other.items()]

@@ -20,10 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from .backbones import ResNet38, resnet38_state, torchvision_weights
+from .backbones import ResNet38, build_backbone, resnet38_state, torchvision_weights
 from .data import DataError, atomic
-from .parameters import CamTraining, Refinement, Segmentation, settings
-from .stages import make_backbone
+from .parameters import Config
 from .weights import check_state
 
 # %% ../nbs/43_sources.ipynb #7b9a2ecf
@@ -116,11 +115,10 @@ class Start(NamedTuple):
         return self.weights == 'hub' and self.backbone not in ('tiny', 'resnet38')
 
 def required_starts(
-    parameters, # of a run, as in its YAML file
-) -> list:      # a `Start` for each of its networks
-    "How the networks of a run begin. Raises `ValueError` for parameters that do not exist."
-    parts = settings(**{k: v for k, v in parameters.items() if k not in ('out', 'methods')})
-    c, r, g = parts[CamTraining], parts[Refinement], parts[Segmentation]
+    config: Config,  # of a run
+) -> list[Start]:  # one for each of its networks
+    "How the networks of a run begin."
+    c, r, g = config.cam, config.refine, config.segment
     found = [('CAMs', '', '')]
     if r.refine in ('psa', 'irn'):
         found.append(('affinities', r.refine_backbone, r.refine_weights))
@@ -193,7 +191,7 @@ def check_start(
 def _build(start):
     with torch.device('meta'), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*meta parameter')   # that nothing is kept there is the point
-        make_backbone(CamTraining(backbone=start.backbone, weights=start.weights, output_stride=start.output_stride))
+        build_backbone(start.backbone, start.output_stride, start.weights)
 
 def _missing(start, path, source):
     if start.served:
@@ -217,12 +215,12 @@ def _hash_words(path, source):
 
 # %% ../nbs/43_sources.ipynb #1e16d656
 def weights_table(
-    recipes, # name -> parameters of a run
-):           # DataFrame, a row for each network; `ready` says whether it can begin, `remark` why, or why not
-    "What the networks of runs begin with, and whether it is there. Raises `ValueError` as `required_starts` does."
+    configs: dict[str, Config],  # name of a run -> its parameters
+) -> pd.DataFrame:  # a row for each network; `ready`: it can begin; `remark`: why, or why not
+    "What the networks of runs begin with, and whether it is there."
     looked, rows = {}, []
-    for run, parameters in recipes.items():
-        for s in required_starts(parameters):
+    for run, config in configs.items():
+        for s in required_starts(config):
             alike = s._replace(network='')
             if alike not in looked:
                 looked[alike] = _look(alike)

@@ -35,7 +35,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from .data import atomic
-from .stages import read_json, write_json
+from .work import read_json, write_json
 
 # %% ../nbs/40_sweeps.ipynb #d84a9f79
 def grid(

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 from .ablations import SEED, TABLES, AblationTable, cells, reported
 from .data import DataError, atomic
-from .parameters import settings
+from .parameters import Config
 from .sweeps import runs
 
 # %% ../nbs/46_tables.ipynb #4ce2114a
@@ -159,7 +159,7 @@ def common_settings(
     table, # `AblationTable`
 ) -> dict: # parameter -> value
     "What all runs of a table were told, where it is not the default. Raises `ValueError` where something differs that no row names."
-    defaults = {k: v for part in settings().values() for k, v in vars(part).items()}
+    defaults = Config().flat()
     ours, first = {k for p in cells(table).values() for k in p}, None
     for run, *_ in _matches(runs, table):
         told = {k: v for k, v in {**defaults, **run['metrics']['parameters']}.items() if k not in ours}
