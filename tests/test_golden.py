@@ -174,8 +174,17 @@ def flat(x, path=''):
     return {p: v for k, y in items for p, v in flat(y, f'{path}/{k}').items()}
 
 
+@pytest.fixture
+def two_threads():
+    "Sums are taken in another order by another number of threads."
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize('name', RECIPES)
-def test_runs_are_what_they_were(name, scenes, tmp_path):
+def test_runs_are_what_they_were(name, scenes, tmp_path, two_threads):
     "To 1e-6 where torch and the processor's instructions are those of the record; with others trainings drift: three points."
     known = json.loads(RUNS.read_text())
     got, want = flat(outcome(name, scenes, tmp_path/name)), flat(known['runs'][name])
