@@ -16,52 +16,65 @@ from .data import voc_palette
 
 # %% ../nbs/03_plots.ipynb #7e21344f
 def colour_mask(
-    mask,      # (H, W) class numbers
-    image=None,# (H, W, 3) uint8 to shine through
-):             # (H, W, 3) uint8
-    "A mask in VOC's colours; 255 is white."
+    mask: np.ndarray,                              # (H, W) class numbers
+    image: np.ndarray | Image.Image | None = None, # (H, W, 3) uint8 to shine through
+) -> np.ndarray:                                   # (H, W, 3) uint8
+    "Draws a mask in VOC's colours; 255 is white."
     flat = np.where((mask == 255)[..., None], 255, voc_palette()[mask])
-    return flat.astype(np.uint8) if image is None else (.5*flat + .5*np.asarray(image)).astype(np.uint8)
+    if image is not None:
+        flat = .5*flat + .5*np.asarray(image)
+    return flat.astype(np.uint8)
+
+# %% ../nbs/03_plots.ipynb #9afd94db
+_BRIGHTEN = 1.99  # brings the 128 of the palette to 254
 
 def colour_cam(
-    scores,  # (P, H, W) in 0..1
-    present, # (P,) class numbers
-):           # (H, W, 3) uint8
-    "The strongest class of each pixel, as bright as it is strong."
+    scores: np.ndarray,          # (P, H, W) in 0..1
+    present: list | np.ndarray,  # (P,) class numbers
+) -> np.ndarray:                 # (H, W, 3) uint8
+    "Colours each pixel by its strongest class, as bright as that class is strong."
     if not len(present):
         return np.zeros((*scores.shape[1:], 3), dtype=np.uint8)
-    return (voc_palette()[np.asarray(present)[scores.argmax(0)]]*scores.max(0)[..., None]*1.99).clip(0, 255).astype(np.uint8)
+    colours = voc_palette()[np.asarray(present)[scores.argmax(0)]]
+    strength = scores.max(0)[..., None]
+    return (colours*strength*_BRIGHTEN).clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_plots.ipynb #bcacf2da
+_TITLE = .2  # height of the titles, in inches
+
 def image_grid(
-    columns,   # {title: list of pictures, None = blank}
-    width=4,   # of the figure, in inches
-):             # the figure
-    "Pictures in columns with titles, one row for each image."
-    rows = max(len(c) for c in columns.values())
-    fig, axes = plt.subplots(rows, len(columns), figsize=(width, width*rows/len(columns) + .2), squeeze=False)
-    for (title, pictures), axs in zip(columns.items(), axes.T):
-        axs[0].set_title(title, fontsize=7)
-        for ax in axs:
-            ax.axis('off')
-        for ax, picture in zip(axs, pictures):
+    columns: dict[str, list],  # title -> pictures, None = blank
+    width: float = 4,          # of the figure, in inches
+) -> plt.Figure:
+    "Draws pictures in columns with titles, one row for each image."
+    rows = max(len(pictures) for pictures in columns.values())
+    size = (width, width*rows/len(columns) + _TITLE)
+    fig, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
+    for ax in axes.flat:
+        ax.axis('off')
+    for (title, pictures), column in zip(columns.items(), axes.T):
+        column[0].set_title(title, fontsize=7)
+        for ax, picture in zip(column, pictures):
             if picture is not None:
                 ax.imshow(picture, cmap='gray')
-    fig.subplots_adjust(wspace=.04, hspace=.04, left=0, right=1, bottom=0, top=1 - .2/fig.get_figheight())
+    top = 1 - _TITLE/fig.get_figheight()
+    fig.subplots_adjust(wspace=.04, hspace=.04, left=0, right=1, bottom=0, top=top)
     return fig
 
 # %% ../nbs/03_plots.ipynb #d8f3c7c9
+_CURVE_SIZE = 3.5, 2.2  # inches
+
 def threshold_curves(
-    curves,     # {name: list of mIoU in percent}
-    thresholds, # where they were taken
-    ax=None,    # axes to draw on
-):              # the axes
-    "Seed mIoU against the background threshold."
-    ax = ax or plt.subplots(figsize=(3.5, 2.2))[1]
-    for name, c in curves.items():
-        best = int(np.argmax(c))
-        line, = ax.plot(thresholds, c, label=f'{name} {c[best]:.1f}')
-        ax.plot(thresholds[best], c[best], 'o', color=line.get_color(), ms=4)
+    curves: dict[str, list],       # name -> mIoU in percent at each threshold
+    thresholds: list | np.ndarray, # background thresholds
+    ax: plt.Axes | None = None,    # axes to draw on; None: a new figure
+) -> plt.Axes:
+    "Draws seed mIoU against the background threshold and marks the best."
+    ax = ax or plt.subplots(figsize=_CURVE_SIZE)[1]
+    for name, curve in curves.items():
+        best = int(np.argmax(curve))
+        line, = ax.plot(thresholds, curve, label=f'{name} {curve[best]:.1f}')
+        ax.plot(thresholds[best], curve[best], 'o', color=line.get_color(), ms=4)
     ax.set_xlabel('background threshold', fontsize=8)
     ax.set_ylabel('seed mIoU, %', fontsize=8)
     ax.tick_params(labelsize=7)
@@ -69,70 +82,99 @@ def threshold_curves(
     return ax
 
 # %% ../nbs/03_plots.ipynb #b36e055f
+def _running_mean(values, window):
+    if len(values) < window:
+        return values
+    return np.convolve(values, np.ones(window)/window, 'valid')
+
 def loss_curves(
-    rows,     # of a training log: dicts with 'step'
-    title='', # of the axes
-    ax=None,  # axes to draw on
-    window=5, # rows averaged
-):            # the axes
-    "Every term of a log against the step."
-    ax = ax or plt.subplots(figsize=(3.5, 2.2))[1]
-    for k in [k for k in rows[0] if k not in ('step', 'lr', 'images_per_s')]:
-        v = np.convolve([r[k] for r in rows], np.ones(window)/window, 'valid') if len(rows) >= window else [r[k] for r in rows]
-        ax.plot([r['step'] for r in rows][-len(v):], v, label=k, lw=1)
+    rows: list[dict],            # of a training log, each with 'step'
+    title: str = '',             # of the axes
+    ax: plt.Axes | None = None,  # axes to draw on; None: a new figure
+    window: int = 5,             # rows averaged
+) -> plt.Axes:
+    "Draws every term of a training log against the step."
+    ax = ax or plt.subplots(figsize=_CURVE_SIZE)[1]
+    steps = [row['step'] for row in rows]
+    for term in [k for k in rows[0] if k not in ('step', 'lr', 'images_per_s')]:
+        values = _running_mean([row[term] for row in rows], window)
+        ax.plot(steps[-len(values):], values, label=term, lw=1)
     ax.set_title(title, fontsize=8)
     ax.set_xlabel('step', fontsize=8)
     ax.tick_params(labelsize=6)
-    ax.legend(fontsize=5, loc='upper right', frameon=False)   # a frame would hide curves
+    ax.legend(fontsize=5, loc='upper right', frameon=False)  # a frame would hide curves
     return ax
 
-# %% ../nbs/03_plots.ipynb #45898e11
-def legend(
-    names,   # text of each entry
-    colours, # (R, G, B) of each
-    width,   # pixels; it becomes wider where one entry needs more
-    size,    # of the letters, in pixels
-):           # `PIL.Image`
-    "Coloured squares with their names, on as many lines as they take."
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf'), size)
-    gap, x, y, places = size//2, 0, 0, []
-    widths = [3*gap + size + math.ceil(font.getlength(n)) for n in names]
+# %% ../nbs/03_plots.ipynb #62b6d43e
+def _layout(widths, width, size):
+    "Corner (x, y) of each entry's square, and the height of all lines."
+    gap, x, y, corners = size//2, 0, 0, []
     for w in widths:
         if x and x + w > width:
-            x, y = 0, y + size + gap
-        places.append((x + gap, y + gap))
+            x = 0
+            y += size + gap
+        corners.append((x + gap, y + gap))
         x += w
-    sheet = Image.new('RGB', (max(width, *widths), y + size + 2*gap), 'white')
+    return corners, y + size + 2*gap
+
+# %% ../nbs/03_plots.ipynb #45898e11
+_FONT = Path(matplotlib.get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf'
+
+def legend(
+    names: list[str],  # text of each entry
+    colours: list,     # (R, G, B) of each
+    width: int,        # pixels; it becomes wider where one entry needs more
+    size: int,         # of the letters, in pixels
+) -> Image.Image:
+    "Draws coloured squares with their names, on as many lines as they need."
+    font = ImageFont.truetype(str(_FONT), size)
+    gap = size//2
+    widths = [3*gap + size + math.ceil(font.getlength(name)) for name in names]
+    corners, height = _layout(widths, width, size)
+    sheet = Image.new('RGB', (max(width, *widths), height), 'white')
     draw = ImageDraw.Draw(sheet)
-    for (x, y), name, colour in zip(places, names, colours):
-        draw.rectangle([x, y, x + size - 1, y + size - 1], fill=tuple(map(int, colour)), outline='black')
+    for (x, y), name, colour in zip(corners, names, colours):
+        square = [x, y, x + size - 1, y + size - 1]
+        draw.rectangle(square, fill=tuple(map(int, colour)), outline='black')
         draw.text((x + size + gap, y + gap), name, fill='black', font=font, anchor='lm')
     return sheet
 
 # %% ../nbs/03_plots.ipynb #02326549
-def _borders(mask, width):   # (H, W) bool, so many pixels wide
+def _borders(mask, width):
+    "(H, W) bool, true on lines of `width` pixels (odd) where the class changes."
     line = np.zeros(mask.shape, np.uint8)
     line[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     line[1:] |= mask[1:] != mask[:-1]
     return np.asarray(Image.fromarray(line).filter(ImageFilter.MaxFilter(width))) > 0
 
-def overlay(
-    image,     # `PIL.Image` in RGB
-    mask,      # (H, W) class numbers
-    classes,   # names, background first
-    edge=1600, # pixels; a photograph with a longer edge is shrunk
-):             # `PIL.Image`: the photograph and, below it, the legend
-    "A mask laid over its photograph, with lines, and a legend of the classes found with their share of the photograph."
-    mask, photo = np.asarray(mask, dtype=np.uint8), image.copy()
-    photo.thumbnail((edge, edge))
-    small = np.asarray(Image.fromarray(mask).resize(photo.size, Image.NEAREST))
-    seen = np.where((small > 0)[..., None], colour_mask(small, photo), photo)
-    seen[_borders(small, 1 + 2*(max(photo.size)//800))] = 255
+# %% ../nbs/03_plots.ipynb #557098e6
+def _entries(mask, classes):
+    "Text and colour of each class found, with its share of the photograph."
     found = [k for k in np.unique(mask) if k]
-    names = [f'{"unknown" if k == 255 else classes[k]} {100*(mask == k).mean():.1f} %' for k in found] or ['nothing found']
-    colours = [colour_mask(np.array(k)) for k in found] or [(255, 255, 255)]
-    below = legend(names, colours, photo.width, max(14, max(photo.size)//50))
+    if not found:
+        return ['nothing found'], [(255, 255, 255)]
+    names = ['unknown' if k == 255 else classes[k] for k in found]
+    shares = [100*(mask == k).mean() for k in found]
+    texts = [f'{name} {share:.1f} %' for name, share in zip(names, shares)]
+    return texts, [colour_mask(np.array(k)) for k in found]
+
+# %% ../nbs/03_plots.ipynb #0fc9e098
+def overlay(
+    image: Image.Image,  # in RGB
+    mask: np.ndarray,    # (H, W) class numbers
+    classes: list[str],  # names, background first
+    edge: int = 1600,    # pixels; a photograph with a longer edge is shrunk
+) -> Image.Image:        # the photograph and, below it, the legend
+    "Lays a mask over its photograph, with lines, and a legend of the classes and their shares."
+    mask = np.asarray(mask, dtype=np.uint8)
+    photo = image.copy()
+    photo.thumbnail((edge, edge))
+    longest = max(photo.size)
+    small = np.asarray(Image.fromarray(mask).resize(photo.size, Image.NEAREST))
+    tinted = np.where((small > 0)[..., None], colour_mask(small, photo), photo)
+    tinted[_borders(small, width=1 + 2*(longest//800))] = 255
+    below = legend(*_entries(mask, classes), photo.width, size=max(14, longest//50))
     sheet = Image.new('RGB', (below.width, photo.height + below.height), 'white')
-    sheet.paste(Image.fromarray(seen), (0, 0))
+    sheet.paste(Image.fromarray(tinted), (0, 0))
     sheet.paste(below, (0, photo.height))
     return sheet
