@@ -7,22 +7,29 @@ __all__ = ['multi_scale_maps', 'cam_scores', 'write_cam', 'read_cam', 'group_by_
 
 # %% ../nbs/31_inference.ipynb #4c875512
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from torch import Tensor, nn
 from tqdm import tqdm
+<<<<<<< HEAD
 from .cam import normalise_maps
 from .data import DataError, atomic, normalise
+=======
+from .cam import minmax_normalise
+from .data import DataError, TagFolder, atomic, normalise
+>>>>>>> hC
 from .views import resize
 
 # %% ../nbs/31_inference.ipynb #8a62992d
 @torch.no_grad()
 def multi_scale_maps(
-    maps,     # (n, 3, H', W') -> (n, channels, h, w)
-    images,   # (N, 3, H, W) normalised
-    scales,   # factors, 1 = the image's own size
-):            # (N, channels, H, W)
+    maps: Callable[[Tensor], Tensor], # (n, 3, H', W') -> (n, channels, h, w)
+    images: Tensor,                   # (N, 3, H, W) normalised
+    scales: Sequence[float],          # factors, 1 = the image's own size
+) -> Tensor:                          # (N, channels, H, W)
     "The mean of the maps over scales and flips, at the images' size."
     size, total = images.shape[-2:], 0
     for s in scales:
@@ -33,23 +40,29 @@ def multi_scale_maps(
 
 # %% ../nbs/31_inference.ipynb #d88d696d
 def cam_scores(
-    maps, # (C+1, H, W) raw, channel 0 is background
-    tags, # (C,) {0,1}
-):        # scores (P, H, W) in 0..1, numbers (P,) of the P tagged classes, from 1
-    "The CAM of the tagged classes, each stretched from its smallest to its largest value."
+    maps: Tensor, # (C+1, H, W) raw, channel 0 is background
+    tags: Tensor, # (C,) {0,1}
+) -> tuple[Tensor, Tensor]:  # scores (P, H, W) in 0..1, class numbers (P,) from 1
+    "The CAM of the P tagged classes, each stretched from its smallest to its largest value."
     present = tags.nonzero().flatten().to(maps.device)
     return normalise_maps(maps[1:][present]), present + 1
 
 # %% ../nbs/31_inference.ipynb #a83dbb21
-def write_cam(path, scores, present):
-    "Write the CAM of one image: scores (P, H, W) of the classes present (P,)."
+def write_cam(
+    path: Path | str,                             # .npz
+    scores: Tensor | np.ndarray,                  # (P, H, W) in 0..1
+    present: Tensor | np.ndarray | Sequence[int], # (P,) their classes, from 1
+) -> None:
+    "Write the CAM of one image."
     with atomic(path) as part:
-        np.savez(part, cam=np.asarray(scores, dtype=np.float16), present=np.asarray(present, dtype=np.uint8))
+        cam = np.asarray(scores, dtype=np.float16)
+        np.savez(part, cam=cam, present=np.asarray(present, dtype=np.uint8))
 
+# %% ../nbs/31_inference.ipynb #c4164a02
 def read_cam(
-    path,      # .npz of `write_cam`
-    size=None, # (H, W) that it should have
-):             # scores (P, H, W) float32, classes (P,) uint8
+    path: Path | str,                     # .npz of `write_cam`
+    size: tuple[int, int] | None = None,  # (H, W) that it should have
+) -> tuple[np.ndarray, np.ndarray]:       # scores (P, H, W) float32, classes (P,) uint8
     "Read a CAM file. Raises `DataError` when it is missing, damaged or of another size."
     try:
         with np.load(path, allow_pickle=False) as z:
@@ -59,39 +72,54 @@ def read_cam(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(f'{path} is damaged ({e}): delete it and run again.') from None
     if size and scores.shape[1:] != tuple(size):
-        raise DataError(f'{path} is {scores.shape[2]}x{scores.shape[1]} but its image is {size[1]}x{size[0]}: delete it and make the CAMs again.')
+        raise DataError(f'{path} is {scores.shape[2]}x{scores.shape[1]} but its image is '
+                        f'{size[1]}x{size[0]}: delete it and make the CAMs again.')
     return scores, present
 
 # %% ../nbs/31_inference.ipynb #1a82fd3b
+def _upright_size(path):
+    "The (height, width) of an image as `read_image` turns it."
+    with Image.open(path) as image:
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size if on_its_side else image.size[::-1]
+
+# %% ../nbs/31_inference.ipynb #e8bf474a
 def group_by_size(
-    folder,     # `TagFolder`
-    todo,       # item numbers
-    batch_size, # at most so many
-):              # list of lists of item numbers
+    folder: TagFolder,
+    todo: Sequence[int],   # item numbers
+    batch_size: int,       # at most so many in a group
+) -> list[list[int]]:      # item numbers
     "Group items whose images have the same size, upright."
     groups = {}
     for i in todo:
-        with Image.open(folder.files[folder.ids[i]]) as im:
-            lying = im.getexif().get(ExifTags.Base.Orientation, 1) > 4   # stored on its side; `read_image` turns it
-            groups.setdefault(im.size[::-1] if lying else im.size, []).append(i)
+        size = _upright_size(folder.files[folder.ids[i]])
+        groups.setdefault(size, []).append(i)
     return [g[k:k + batch_size] for g in groups.values() for k in range(0, len(g), batch_size)]
 
 # %% ../nbs/31_inference.ipynb #85098a5a
+def _map_function(model, refined, softmax):
+    "From images to the maps that become CAMs."
+    def maps(x):
+        found = model(x)
+        found = found.best if refined else found.cam
+        return found.softmax(1) if softmax else found
+    return maps
+
+# %% ../nbs/31_inference.ipynb #8bcfa65e
 def write_cams(
-    model,         # `CamNet`
-    folder,        # `TagFolder`
-    out,           # folder for <id>.npz
-    scales=(.5, 1, 1.5, 2),
-    batch_size=8,
-    refined=True,  # the refined map where the network has one, otherwise the plain CAM
-    softmax=False, # channels compete at each scale, as in EPS (`14_eps`)
-    label='CAMs',  # in front of the progress bar
-):
+    model: nn.Module,      # `CamNet`
+    folder: TagFolder,
+    out: Path | str,       # folder for <id>.npz
+    scales: Sequence[float] = (.5, 1, 1.5, 2),
+    batch_size: int = 8,
+    refined: bool = True,  # the refined map where the network has one, otherwise the plain CAM
+    softmax: bool = False, # channels compete at each scale, as in EPS (`14_eps`)
+    label: str = 'CAMs',   # in front of the progress bar
+) -> None:
     "Write the CAM file of every image of a split."
     device, out = next(model.parameters()).device, Path(out)
     todo = [i for i in range(len(folder)) if not (out/f'{folder.ids[i]}.npz').exists()]
-    found = lambda x: model(x).best if refined else model(x).cam
-    maps = (lambda x: found(x).softmax(1)) if softmax else found
+    maps = _map_function(model, refined, softmax)
     model.eval()
     with tqdm(total=len(folder), initial=len(folder) - len(todo), desc=label) as bar:
         for group in group_by_size(folder, todo, batch_size):

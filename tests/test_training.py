@@ -1,5 +1,4 @@
 "Killed, stopped or left alone: the same bits."
-import json
 import signal
 import subprocess
 import sys
@@ -19,12 +18,15 @@ from ppc.data import TagFolder
 import ppc.training as training
 from pathlib import Path
 data, out, precision, slow = sys.argv[1], Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
-plain = training._record
+plain = training._log_row
 def record(*a):
-    import time; time.sleep(slow); return plain(*a)
-training._record = record
+    import time
+    time.sleep(slow)
+    return plain(*a)
+training._log_row = record
 out.mkdir(exist_ok=True)
-p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4, ema=.9, ramp=.5, precision=precision)   # the running mean is resumed as well
+p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4, ramp=.5, precision=precision,
+             ema=.9)   # the running mean is resumed as well
 fit = training.fit
 import ppc.stages
 ppc.stages.fit = lambda *a, **k: fit(*a, **k, log_every=1)
@@ -32,25 +34,33 @@ train_cam(out, TagFolder(data), 'seam+ppc', p[Shared], p[CamTraining], None)
 '''
 
 
-def start(data, out, precision, slow=0): return subprocess.Popen([sys.executable, '-c', RUN, data, out, precision, str(slow)], stderr=subprocess.PIPE, text=True)
+def start(data, out, precision, slow=0):
+    command = [sys.executable, '-c', RUN, data, out, precision, str(slow)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):
+    "Wait for the end: exit status, and what was written to stderr."
     error = process.communicate(timeout=300)[1]
     return process.returncode, error
 
 
-@pytest.fixture(scope='module', params=['no', 'bf16'])   # half precision also lays its memory out differently
+@pytest.fixture(scope='module', params=['no', 'bf16'])   # bf16 has another memory format, too
 def precision(request): return request.param
 
 
 @pytest.fixture(scope='module')
 def whole(scenes, precision, tmp_path_factory):
-    "A run that was left alone."
+    "A run without interruption."
     out = tmp_path_factory.mktemp('whole')
     code, error = finish(start(scenes, out, precision))
     assert code == 0, error
     return out
+
+
+def log_without_speed(out):
+    rows = read_log(out/'log.jsonl')
+    return [{k: v for k, v in row.items() if k != 'images_per_s'} for row in rows]
 
 
 def wait_for_steps(out, n, process):
@@ -68,15 +78,15 @@ def test_stopped_and_resumed_is_the_same_bits(how, step, scenes, precision, whol
     code, error = finish(process)
     assert code != 0 and not (tmp_path/'weights.safetensors').exists()
     done = torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step']
-    assert done == 4 if how == signal.SIGKILL else done >= step     # at the epoch's end; a polite signal is heard at once
-    if how != signal.SIGKILL:
-        assert 'Stopped' in error
+    if how == signal.SIGKILL:
+        assert done == 4   # the last epoch's end
+    else:
+        assert done >= step and 'Stopped' in error
     code, error = finish(start(scenes, tmp_path, precision))
     assert code == 0, error
     a, b = (read_weights(f/'weights.safetensors') for f in (whole, tmp_path))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    drop = lambda rows: [{k: v for k, v in r.items() if k != 'images_per_s'} for r in rows]
-    assert drop(read_log(whole/'log.jsonl')) == drop(read_log(tmp_path/'log.jsonl'))
+    assert log_without_speed(whole) == log_without_speed(tmp_path)
 
 
 def test_truncated_checkpoint_is_named(scenes, precision, whole, tmp_path):
@@ -91,19 +101,22 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def test_the_running_mean_by_hand(tmp_path):
-    "The first step's weights, and from there each step's at a tenth; and the progress that losses are told."
+    "The first step's weights, then a tenth of each later step's; and the progress in the batches."
     torch.manual_seed(0)
-    model, seen, told = torch.nn.Linear(1, 1), [], []
+    model, seen, progress = torch.nn.Linear(1, 1), [], []
     def losses(model, batch):
         seen.append(model.weight.item())
-        told.append(batch['progress'])
+        progress.append(batch['progress'])
         return {'l': (model(batch['x'][:, None])**2).mean()}
-    fit(model, losses, Numbers(), torch.optim.SGD(model.parameters(), .01), tmp_path, 2, 4, device='cpu', ema=.9)
+    optimizer = torch.optim.SGD(model.parameters(), .01)
+    fit(model, losses, Numbers(), optimizer, tmp_path, 2, 4, device='cpu', ema=.9)
     mean, *later = [*seen[1:], model.weight.item()]
     for w in later:
         mean = .9*mean + .1*w
-    assert read_weights(tmp_path/'weights.safetensors')['weight'].item() == pytest.approx(mean, rel=1e-5) != pytest.approx(seen[-1], rel=1e-3)
-    assert told == [0, .25, .5, .75]
+    kept = read_weights(tmp_path/'weights.safetensors')['weight'].item()
+    assert kept == pytest.approx(mean, rel=1e-5)
+    assert kept != pytest.approx(seen[-1], rel=1e-3)
+    assert progress == [0, .25, .5, .75]
 
 
 def test_batches_are_a_permutation_each_epoch():
@@ -111,10 +124,11 @@ def test_batches_are_a_permutation_each_epoch():
     assert len(steps) == len(Batches(10, 3, 4)) == 12
     for e in range(4):
         seen = [i for s in steps[3*e:3*e + 3] for epoch, i in s]
-        assert len(set(seen)) == 9 and {epoch for s in steps[3*e:3*e + 3] for epoch, _ in s} == {e}
+        assert len(set(seen)) == 9
+        assert {epoch for s in steps[3*e:3*e + 3] for epoch, _ in s} == {e}
 
 
-def test_too_large_a_batch_is_told():
+def test_a_batch_has_at_most_all_images():
     assert [len(b) for b in Batches(16, 32, 2)] == [16, 16]
     with pytest.raises(ValueError, match='no images'):
         Batches(0, 32, 1)
