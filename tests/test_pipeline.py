@@ -1,42 +1,54 @@
-"From a folder of tagged images to masks; and what happens when something is wrong, missing, damaged or interrupted."
+"From tagged images to masks; and what happens when something is wrong, damaged or interrupted."
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 import numpy as np
 import papermill
 import pytest
+import timm
 import torch
 import yaml
 from filelock import FileLock
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
-from ppc import cli, pipeline, stages
+from ppc import cli, planning, work
+from ppc.backbones import BACKBONES, Backbone, Tiny, build_backbone
 from ppc.data import DataError, TagFolder, read_mask
 from ppc.inference import group_by_size, read_cam
-from ppc.parameters import CamTraining, Shared, settings
+from ppc.methods import CHANCE_SOURCES, INIT_PARTS, METHODS, Method, find_method, make_camnet
+from ppc.parameters import Config, modern
 from ppc.pipeline import run
-from ppc.stages import read_json
+from ppc.report import find_runs, gallery, report_page
+from ppc.stages import Stage, stages
 from ppc.training import read_log
 from ppc.weights import read_weights
+from ppc.work import Inputs, read_json, train_cam
 
-QUICK = dict(batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4, seg_options=dict(batch_size=4, epochs=1, crop=64))
+QUICK = dict(
+    batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4,
+    seg_options=dict(batch_size=4, epochs=1, crop=64))
+TWO = ['cam', 'seam+ppc']
 
 
 @pytest.fixture(scope='module')
 def done(scenes, tmp_path_factory):
     "A finished run of two methods."
     out = tmp_path_factory.mktemp('runs')/'done'
-    return out, run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+    return out, run(out, TWO, data=str(scenes), **QUICK)
 
 
 def test_every_stage_reports(done, scenes):
     out, result = done
-    assert set(result['seed_miou']) == {'cam', 'seam+ppc'} and result['segmentation_miou'] is not None
-    for stage in ['warm', 'cam/train', 'cam/cams-train', 'cam/seeds', 'cam/crf', 'seam+ppc/train', 'masks', 'segmenter', 'segmentation', '.']:
+    assert {*result['seed_miou']} == {*TWO} and result['segmentation_miou'] is not None
+    listed = [s.name for s in stages(Config.from_flat(data=str(scenes), **QUICK), TWO)]
+    assert {'warm', 'cam/train', 'cam/crf', 'best', 'masks', 'segmentation'} <= {*listed}
+    for stage in (*listed, '.'):
         assert (out/stage/'metrics.json').is_file() and (out/stage/'config.json').is_file()
-    assert result == read_json(out/'metrics.json') and result['parameters']['k'] == 4 and result['versions']['torch']
+    assert [s['name'] for s in read_json(out/'stages.json')] == listed
+    assert result == read_json(out/'metrics.json') and result['parameters']['k'] == 4
+    assert result['versions']['torch']
     for i in TagFolder(scenes).ids:
         assert read_mask(out/'masks'/f'{i}.png').shape == (128, 128)
     assert len(list((out/'segmentation').glob('*.png'))) == 4
@@ -44,8 +56,8 @@ def test_every_stage_reports(done, scenes):
 
 def test_again_does_nothing(done, scenes, monkeypatch):
     out, result = done
-    monkeypatch.setattr(stages, 'fit', None)
-    assert run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK) == result
+    monkeypatch.setattr(work, 'fit', None)
+    assert run(out, TWO, data=str(scenes), **QUICK) == result
 
 
 def test_lost_stage_is_done_again(done, scenes, tmp_path):
@@ -55,24 +67,43 @@ def test_lost_stage_is_done_again(done, scenes, tmp_path):
         (tmp_path/'run'/stage/'metrics.json').unlink()
     lost = tmp_path/'run'/'masks'/'train00000.png'
     lost.unlink()
-    again = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
-    assert lost.is_file() and again['seed_miou'] == done[1]['seed_miou'] and again['mask_miou'] == done[1]['mask_miou']
+    again = run(tmp_path/'run', TWO, data=str(scenes), **QUICK)
+    assert lost.is_file()
+    for name in ('seed_miou', 'mask_miou'):
+        assert again[name] == done[1][name]
 
 
 def test_same_seed_same_numbers(done, scenes, tmp_path):
-    again = run(tmp_path/'again', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+    again = run(tmp_path/'again', TWO, data=str(scenes), **QUICK)
     for k in ('seed_miou', 'seed_crf_miou', 'mask_miou', 'segmentation_miou'):
         assert again[k] == done[1][k]
+
+
+def test_other_data_is_refused(done, scenes, tmp_path):
+    "A stage of the same parameters, and of other tags, photographs or masks."
+    shutil.copytree(scenes, tmp_path/'data')
+    shutil.copytree(done[0], tmp_path/'run')
+    settings = dict(QUICK, data=str(tmp_path/'data'))
+    for name in ('config.json', 'metrics.json'):  # the dataset has moved
+        (tmp_path/'run'/name).unlink()
+    assert run(tmp_path/'run', TWO, **settings)['table'] == done[1]['table']
+    (tmp_path/'run'/'metrics.json').unlink()
+    tags = tmp_path/'data'/'tags.csv'
+    first, second, *rest = tags.read_text().splitlines()
+    tags.write_text('\n'.join([first, f'{second.split(",")[0]},', *rest]) + '\n')
+    with pytest.raises(ValueError, match='list train'):
+        run(tmp_path/'run', TWO, **settings)
 
 
 @pytest.mark.parametrize('change', [dict(k=8), dict(scales=[1.0, 1.5]), dict(seed=1)])
 def test_other_parameters_are_refused(done, scenes, change):
     name, = change
     with pytest.raises(ValueError, match=f'{name} = '):
-        run(done[0], ['cam', 'seam+ppc'], data=str(scenes), **{**QUICK, **change})
+        run(done[0], TWO, data=str(scenes), **{**QUICK, **change})
 
 
-@pytest.mark.parametrize('stage, name', [('cam/cams-train', 'train00001.npz'), ('masks', 'train00001.png')])
+@pytest.mark.parametrize('stage, name', [
+    ('cam/cams-train', 'train00001.npz'), ('masks', 'train00001.png')])
 def test_damaged_file_is_named(done, scenes, tmp_path, stage, name):
     shutil.copytree(done[0], tmp_path/'run')
     path = tmp_path/'run'/stage/name
@@ -81,7 +112,7 @@ def test_damaged_file_is_named(done, scenes, tmp_path, stage, name):
         (tmp_path/'run'/s/'metrics.json').unlink()
     shutil.rmtree(tmp_path/'run'/'segmenter')
     with pytest.raises(DataError, match=name):
-        run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+        run(tmp_path/'run', TWO, data=str(scenes), **QUICK)
 
 
 def test_cam_files_unpickle_nothing(tmp_path):
@@ -94,93 +125,135 @@ def test_damaged_metrics_are_named(done, scenes, tmp_path):
     shutil.copytree(done[0], tmp_path/'run')
     (tmp_path/'run'/'metrics.json').write_text('{"seed')
     with pytest.raises(DataError, match='metrics.json is damaged'):
-        run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK)
+        run(tmp_path/'run', TWO, data=str(scenes), **QUICK)
 
 
-SHARED = dict(batch_size=4, crop=64, target=32, resize=[64, 96], scenes=12, closeups=32, warm_epochs=1, segmenter='none', refine='none', crf=False)
+ALONE = dict(segmenter='none', refine='none', crf=False)
+SHARED = dict(
+    ALONE, batch_size=4, crop=64, target=32, resize=[64, 96], scenes=12, closeups=32, warm_epochs=1)
 
 
 def test_runs_share_what_they_have_in_common(tmp_path, monkeypatch):
-    "Scenes, starts and the baseline are made once; what differs is not mixed up; the numbers are those of a run alone."
-    trained = []
-    fit = stages.fit
-    monkeypatch.setattr(stages, 'fit', lambda *a, **k: trained.append(k['label']) or fit(*a, **k))
-    alone = run(tmp_path/'alone', ['seam', 'seam+ppc'], **SHARED, k=4)
+    "Scenes, starts and the baseline are made once; the numbers are those of a run alone."
+    trained, fit, both = [], work.fit, ['seam', 'seam+ppc']
+
+    def counted(*args, **options):
+        trained.append(options['label'])
+        return fit(*args, **options)
+    monkeypatch.setattr(work, 'fit', counted)
+    alone = run(tmp_path/'alone', both, **SHARED, k=4)['seed_miou']
     assert trained == ['pretrain', 'cam', 'seam', 'seam+ppc']
-    shared = str(tmp_path/'shared')
-    found = run(tmp_path/'a', ['seam', 'seam+ppc'], **SHARED, k=4, shared=shared)
-    assert found['seed_miou'] == alone['seed_miou'] and trained[4:] == trained[:4]
-    assert run(tmp_path/'b', ['seam', 'seam+ppc'], **SHARED, k=8, shared=shared)['seed_miou']['seam'] == alone['seed_miou']['seam'] and trained[8:] == ['seam+ppc']
-    assert run(tmp_path/'c', ['seam+ppc'], **SHARED, k=4, shared=shared)['seed_miou']['seam+ppc'] == alone['seed_miou']['seam+ppc'] and len(trained) == 9
-    run(tmp_path/'d', ['seam'], **SHARED, seed=1, shared=shared)
+    more = dict(SHARED, shared=str(tmp_path/'shared'))
+    assert run(tmp_path/'a', both, **more, k=4)['seed_miou'] == alone and trained[4:] == trained[:4]
+    assert run(tmp_path/'b', both, **more, k=8)['seed_miou']['seam'] == alone['seam']
+    assert trained[8:] == ['seam+ppc']
+    found = run(tmp_path/'c', ['seam+ppc'], **more, k=4)
+    assert found['seed_miou']['seam+ppc'] == alone['seam+ppc']
+    assert len(trained) == 9
+    run(tmp_path/'d', ['seam'], **more, seed=1)
     assert trained[9:] == ['pretrain', 'cam', 'seam'] and TagFolder(tmp_path/'d'/'scenes').ids
 
 
 def test_two_runs_at_once_train_the_baseline_once(tmp_path):
-    code = 'import sys; from ppc.pipeline import run; run(sys.argv[1], ["seam"], shared=sys.argv[2], **eval(sys.argv[3]))'
-    both = [subprocess.Popen([sys.executable, '-c', code, tmp_path/n, tmp_path/'shared', repr({**SHARED, 'warm_epochs': 0, 'alpha': a})], stderr=subprocess.PIPE, text=True)
-            for n, a in (('a', .1), ('b', .2))]   # a weight of the contrast, which the baseline does not have
-    for p in both:
+    code = ('import sys; from ppc.pipeline import run; '
+            'run(sys.argv[1], ["seam"], shared=sys.argv[2], **eval(sys.argv[3]))')
+
+    def begin(name, alpha):  # a weight of the contrast, which the baseline does not have
+        settings = repr({**SHARED, 'warm_epochs': 0, 'alpha': alpha})
+        command = [sys.executable, '-c', code, tmp_path/name, tmp_path/'shared', settings]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for p in [begin('a', .1), begin('b', .2)]:
         assert p.communicate()[1] is not None and p.returncode == 0
-    assert len([*(tmp_path/'shared').glob('seam-*/')]) == 1 and (tmp_path/'a'/'seam').resolve() == (tmp_path/'b'/'seam').resolve()
-    assert read_json(tmp_path/'a'/'metrics.json')['seed_miou'] == read_json(tmp_path/'b'/'metrics.json')['seed_miou']
+    assert len([*(tmp_path/'shared').glob('seam-train-*/')]) == 1
+    for stage in ('seam/train', 'seam/cams-train', 'seam/seeds'):
+        assert (tmp_path/'a'/stage).resolve() == (tmp_path/'b'/stage).resolve()
+    a, b = (read_json(tmp_path/n/'metrics.json') for n in ('a', 'b'))
+    assert a['seed_miou'] == b['seed_miou']
 
 
-@pytest.mark.parametrize('source', (*stages.CHANCE, *stages.PARTS))
+TRAINING = dict(batch_size=4, crop=64, target=32, k=4)
+
+
+def trained_weights(folder, scenes, method, start=None, **settings):
+    "The weights of a short training."
+    folder.mkdir()
+    inputs = Inputs({'begun': start} if start else {}, {'train': TagFolder(scenes)})
+    config = Config.from_flat(**TRAINING, **settings)
+    train_cam(folder, inputs, config, find_method(method), start and 'begun')
+    return read_weights(folder/'weights.safetensors')
+
+
+@pytest.mark.parametrize('source', (*CHANCE_SOURCES, *INIT_PARTS))
 def test_one_source_of_chance_at_a_time(scenes, tmp_path, source):
-    "With another seed for one of them the training is another; with the run's own seed it is the same."
-    p = settings(batch_size=4, crop=64, target=32, k=4, dropout=.5)
-    weights = []
-    for n, chance in enumerate(({}, {source: 0}, {source: 1})):
-        (tmp_path/str(n)).mkdir()
-        stages.train_cam(tmp_path/str(n), TagFolder(scenes), 'seam+ppc', p[Shared], replace(p[CamTraining], chance=chance), None)
-        weights.append(read_weights(tmp_path/str(n)/'weights.safetensors'))
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+    "With another seed for one of them the training is another; with the run's seed it is the same."
+    same, equal, other = (
+        trained_weights(tmp_path/str(n), scenes, 'seam+ppc', dropout=.5, chance=chance)
+        for n, chance in enumerate(({}, {source: 0}, {source: 1})))
+    assert all(torch.equal(same[k], equal[k]) for k in same)
+    assert not all(torch.equal(same[k], other[k]) for k in same)
 
 
-def test_a_method_may_begin_without_chance(scenes, tmp_path):
-    "Then its maps are the same whatever seed `init` has; the projector of the contrast is still drawn."
-    p = settings(batch_size=4, crop=64, target=32, k=4, pcm='fixed', classifier='zeros', epochs=1)
-    for method, same in (('seam', True), ('seam+ppc', False)):
-        weights = []
-        for seed in (0, 1):
-            folder = tmp_path/f'{method}-{seed}'
-            folder.mkdir()
-            torch.manual_seed(9)
-            begun = {k: v for k, v in stages.make_camnet(p[CamTraining], 3, method).state_dict().items() if k.startswith('backbone.')}
-            save_file(begun, tmp_path/'begun.safetensors')
-            stages.train_cam(folder, TagFolder(scenes), method, p[Shared], replace(p[CamTraining], chance={'init': seed}), tmp_path/'begun.safetensors')
-            weights.append(read_weights(folder/'weights.safetensors'))
-        assert torch.equal(*[w['classifier.weight'] for w in weights]) == same and not any(k.startswith('refine.') for k in weights[0])
+@pytest.mark.parametrize('method, same', [('seam', True), ('seam+ppc', False)])
+def test_a_method_may_begin_without_chance(scenes, tmp_path, method, same):
+    "Then its maps are the same for every seed of `init`; the contrast's projector is random."
+    settings = dict(pcm='fixed', classifier='zeros', epochs=1)
+    torch.manual_seed(9)
+    net = make_camnet(Config.from_flat(**TRAINING, **settings), 3, find_method(method))
+    begun = {k: v for k, v in net.state_dict().items() if k.startswith('backbone.')}
+    save_file(begun, tmp_path/'weights.safetensors')
+    a, b = (trained_weights(tmp_path/f'{seed}', scenes, method, tmp_path, **settings,
+                            chance={'init': seed}) for seed in (0, 1))
+    assert torch.equal(a['classifier.weight'], b['classifier.weight']) == same
+    assert not any(k.startswith('refine.') for k in a)
 
 
 def test_two_processes_do_not_share_a_run(scenes, tmp_path):
     with FileLock(tmp_path/'.lock'):
-        code = f'from ppc.pipeline import run; run({str(tmp_path)!r}, ["cam"], data={str(scenes)!r})'
+        arguments = f'{str(tmp_path)!r}, ["cam"], data={str(scenes)!r}'
+        code = f'from ppc.pipeline import run; run({arguments})'
         found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert found.returncode and 'another process' in found.stderr
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(epoch=3), "did you mean 'epochs'"), (dict(colour='red'), "no parameter 'colour'"), (dict(epochs='3'), 'type int'),
-    (dict(crf=1), 'type bool'), (dict(scales=1.0), 'type list')])
+    (dict(epoch=3), "did you mean 'epochs'"), (dict(colour='red'), "no parameter 'colour'"),
+    (dict(epochs='3'), 'type int'), (dict(crf=1), 'type bool'), (dict(scales=1.0), 'type list')])
 def test_parameters_are_checked(wrong, words):
     with pytest.raises(ValueError, match=words):
-        settings(**wrong)
+        Config.from_flat(**wrong)
+
+
+def test_parameters_of_an_earlier_edition():
+    "They are read with a sentence that gives today's name, or, from records, without."
+    old = {'lr_new': 5.0, 'classifier': 'drawn', 'options': {'negatives': 'drawn', 'grid': 8}}
+    with pytest.warns(UserWarning) as told:
+        config = Config.from_flat(**old)
+    assert config.cam.head_lr_mult == 5 and config.cam.classifier == 'random'
+    assert config.cam.options == {'negatives': 'random', 'grid': 8}
+    said = [str(w.message) for w in told]
+    assert len(said) == 3 and said[0] == 'lr_new: 5.0 is now head_lr_mult: 5.0.'
+    assert modern(old) == modern(modern(old)) and Config.from_flat(**modern(old)) == config
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(methods=['sam']), "no method 'sam'"), (dict(chance={'luck': 1}), 'init, order, views, noise'), (dict(backbone='resnet5000'), 'resnet5000'),
-    (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'), (dict(val_split='test'), 'test.txt'),
-    (dict(pcm='frozen'), 'learned, fixed'), (dict(classifier='ones'), 'drawn, zeros'),
-    (dict(backbone='vgg11', output_stride=8), 'output stride'), (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid'),
+    (dict(methods=['sam']), "no method 'sam'"), (dict(methods=['ppc']), 'is an addition'),
+    (dict(chance={'luck': 1}), 'init, order, views, noise'),
+    (dict(backbone='resnet5000'), 'resnet5000'),
+    (dict(backbone='resnet18', weights='nowhere.pt'), 'nowhere.pt is missing'),
+    (dict(val_split='test'), 'test.txt'),
+    (dict(pcm='frozen'), 'learned, fixed'), (dict(classifier='ones'), 'random, zeros'),
+    (dict(backbone='vgg11', output_stride=8), 'output stride'),
+    (dict(reading='mine'), 'paper, official'), (dict(options={'gird': 8}), 'grid'),
     (dict(optimizer='adam'), "no 'adam'"), (dict(seg_options={'optimizer': 'sgd'}), "no 'sgd'"),
-    (dict(refine='sam'), 'none, crf, psa, irn'), (dict(refine='psa', preset='irn'), "preset is 'irn'"), (dict(refine='irn', refine_options={'beat': 8}), 'beta'),
-    (dict(segmenter='unet'), "'unet'"), (dict(recipe='deeplab'), 'ssc'), (dict(seg_options={'learning_rate': 1}), 'lr'),
-    (dict(seg_backbone='resnet5000'), 'resnet5000'), (dict(refine='psa', refine_backbone='resnet18', refine_weights='nowhere.pt'), 'nowhere.pt is missing')])
+    (dict(refine='sam'), 'none, crf, psa, irn'),
+    (dict(refine='psa', preset='irn'), "preset is 'irn'"),
+    (dict(refine='irn', refine_options={'beat': 8}), 'beta'),
+    (dict(segmenter='unet'), "'unet'"), (dict(recipe='deeplab'), 'ssc'),
+    (dict(seg_options={'learning_rate': 1}), 'lr'), (dict(seg_backbone='resnet5000'), 'resnet5000'),
+    (dict(refine='psa', refine_backbone='resnet18', refine_weights='nowhere.pt'),
+     'nowhere.pt is missing')])
 def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
-    monkeypatch.setattr(stages, 'fit', None)
+    monkeypatch.setattr(work, 'fit', None)
     with pytest.raises(ValueError, match=words):
         run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
 
@@ -189,11 +262,12 @@ def test_a_mistake_can_be_mended_in_the_same_folder(scenes, tmp_path):
     "What was refused before it began leaves no configuration behind."
     with pytest.raises(ValueError):
         run(tmp_path/'run', ['cam'], data=str(scenes), **{**QUICK, 'val_split': 'vall'})
-    assert run(tmp_path/'run', ['cam'], data=str(scenes), segmenter='none', refine='none', crf=False, **QUICK)['seed_miou']['cam'] is not None
+    found = run(tmp_path/'run', ['cam'], data=str(scenes), **ALONE, **QUICK)
+    assert found['seed_miou']['cam'] is not None
 
 
 def test_bad_image_ends_before_training(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, 'fit', None)
+    monkeypatch.setattr(work, 'fit', None)
     (mine/'JPEGImages'/'val00003.jpg').write_bytes(b'')
     with pytest.raises(DataError, match='val00003.jpg'):
         run(tmp_path/'run', ['cam'], data=str(mine), **QUICK)
@@ -204,30 +278,31 @@ def test_tags_only(mine, tmp_path, refine):
     "One's own photographs: no masks, no lists. Masks come out, numbers that need truth do not."
     for d in ('SegmentationClass', 'Saliency', 'Parts', 'ImageSets'):
         shutil.rmtree(mine/d)
-    result = run(tmp_path/'run', ['cam'], data=str(mine), val_split='', refine=refine, refine_options=SMALL if refine in ('psa', 'irn') else {}, **QUICK)
-    assert result['seed_miou'] == {'cam': None} and result['seed_crf_miou'] == {'cam': None} and result['segmentation_miou'] is None
-    assert result['seed_threshold'] == {'cam': .25} and len(list((tmp_path/'run'/'masks').glob('*.png'))) == 20
+    options = SMALL if refine in ('psa', 'irn') else {}
+    settings = dict(QUICK, val_split='', refine=refine, refine_options=options)
+    result = run(tmp_path/'run', ['cam'], data=str(mine), **settings)
+    assert result['seed_miou'] == result['seed_crf_miou'] == {'cam': None}
+    assert result['segmentation_miou'] is None and result['seed_threshold'] == {'cam': .25}
+    assert len(list((tmp_path/'run'/'masks').glob('*.png'))) == 20
     assert all(row['miou'] is None and row['truth'] is None for row in result['table'])
 
 
 def test_any_size_any_network(mine, tmp_path):
-    "Images of several sizes, a timm network at output stride 16 with weights from a file, a target that is no multiple of the stride."
-    import timm
-    import torch
-    from PIL import Image
+    "Several sizes, a timm network, weights from a file, a target the stride does not divide."
     for n, i in enumerate(TagFolder(mine).ids):
         for d, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
             path = mine/d/f'{i}.{ending}'
             Image.open(path).resize((100 + n % 3, 90), Image.NEAREST).save(path)
     torch.save(timm.create_model('mobilenetv2_035').state_dict(), tmp_path/'w.pt')
-    result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **{**QUICK, 'target': 47, 'crop': 81}, options={'grid': 5}, backbone='mobilenetv2_035',
-                 weights=str(tmp_path/'w.pt'), output_stride=16, segmenter='none', refine='none', scales=[.5, 1.0])
+    settings = {
+        **QUICK, **ALONE, 'target': 47, 'crop': 81, 'options': {'grid': 5}, 'scales': [.5, 1.0],
+        'backbone': 'mobilenetv2_035', 'weights': str(tmp_path/'w.pt'), 'output_stride': 16}
+    result = run(tmp_path/'run', ['seam+ppc'], data=str(mine), **settings)
     assert result['seed_miou']['seam+ppc'] is not None
 
 
 def test_photographs_on_their_side(mine, tmp_path):
     "Turned by EXIF, a stored 90x100 belongs to the images of 100x90, and the other way round."
-    from PIL import ExifTags, Image
     data, sizes = TagFolder(mine), [(100, 90), (90, 100)]
     for n, i in enumerate(data.ids):
         im = data.image(n).resize(sizes[n % 2])
@@ -235,16 +310,19 @@ def test_photographs_on_their_side(mine, tmp_path):
         exif[ExifTags.Base.Orientation] = (1, 6, 8, 1, 6, 3)[n % 6]
         im.save(data.files[i], exif=exif)
     groups = group_by_size(data, range(len(data)), 100)
-    assert len(groups) == 2 and all(len({data.image(i).size for i in g}) == 1 for g in groups)
+    assert len(groups) == 2
+    for g in groups:
+        assert len({data.image(i).size for i in g}) == 1
     shutil.rmtree(mine/'SegmentationClass')
     run(tmp_path/'run', ['cam'], data=str(mine), val_split='', **QUICK)
     for n, i in enumerate(data.ids):
         assert read_mask(tmp_path/'run'/'masks'/f'{i}.png').shape == data.image(n).size[::-1]
 
 
-# --- from seeds to masks -----------------------------------------------------------------------------------------------------
+# --- from seeds to masks ---------------------------------------------------------------------------
 
 SMALL = dict(batch_size=4, epochs=1, crop=64)
+LATER = shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock')
 
 
 @pytest.fixture(scope='module')
@@ -253,11 +331,12 @@ def walked(done, scenes, tmp_path_factory):
     found = {}
     for refine, segmenter in (('psa', 'aspp'), ('irn', 'aspp-concat')):
         out = tmp_path_factory.mktemp('walked')/refine
-        shutil.copytree(done[0], out, ignore=shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock'))
+        shutil.copytree(done[0], out, ignore=LATER)
         for f in ('config.json', 'metrics.json'):
             (out/f).unlink()
-        more = dict(refine=refine, refine_options=SMALL, segmenter=segmenter, archive_split='val')
-        found[refine] = out, more, run(out, ['cam', 'seam+ppc'], data=str(scenes), **QUICK, **more)
+        more = dict(
+            refine=refine, refine_options=SMALL, segmenter=segmenter, archive_split='val')
+        found[refine] = out, more, run(out, TWO, data=str(scenes), **QUICK, **more)
     return found
 
 
@@ -265,60 +344,134 @@ def walked(done, scenes, tmp_path_factory):
 def test_affinities_make_masks(walked, done, refine):
     out, more, result = walked[refine]
     assert result['seed_miou'] == done[1]['seed_miou']   # the same CAMs, not made again
-    for stage in ('affinity-labels', 'affinity', 'masks', 'segmenter', 'shown', 'segmentation', 'archive'):
+    later = 'affinity-labels', 'affinity', 'masks', 'segmenter', 'shown', 'segmentation', 'archive'
+    for stage in later:
         assert (out/stage/'metrics.json').is_file()
-    labels, masks = ([read_mask(out/d/f'train{i:05}.png') for i in range(16)] for d in ('affinity-labels', 'masks'))
+    labels, masks = ([read_mask(out/d/f'train{i:05}.png') for i in range(16)]
+                     for d in ('affinity-labels', 'masks'))
     assert any((m == 255).any() for m in labels) and not any((m == 255).any() for m in masks)
-    assert len(list((out/'shown').glob('*.png'))) == 6 and (out/'archive'/'results.tgz').is_file()
+    assert len(list((out/'shown').glob('*.png'))) == 6
+    assert (out/'archive'/'results.tgz').is_file()
 
 
 @pytest.mark.parametrize('refine', ['psa', 'irn'])
 @pytest.mark.parametrize('stage', ['affinity-labels', 'affinity', 'masks'])
 def test_a_refinement_resumes(walked, scenes, tmp_path, refine, stage):
-    "A stage that lost its metrics and some of its files comes back with the same bytes, and nothing before it is done again."
+    "A stage that lost metrics and files comes back with the same bytes; those before it stay."
     source, more, result = walked[refine]
     shutil.copytree(source, tmp_path/'run')
     for s in ('.', stage):
         (tmp_path/'run'/s/'metrics.json').unlink()
-    lost = [tmp_path/'run'/stage/('weights.safetensors' if stage == 'affinity' else f'train{i:05}.png') for i in (1, 7)]
+    files = ['train00001.png', 'train00007.png']
+    if stage == 'affinity':
+        files = ['weights.safetensors']
+    lost = [tmp_path/'run'/stage/f for f in files]
     for f in lost:
         f.unlink(missing_ok=True)
-    again = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK, **more)
+    again = run(tmp_path/'run', TWO, data=str(scenes), **QUICK, **more)
     for f in lost:
         assert f.read_bytes() == (source/stage/f.name).read_bytes()
     assert again['table'] == result['table']
 
 
 def test_rows_say_what_they_are(walked, done):
-    rows = walked['psa'][2]['table']
-    assert [(r['stage'], r['method']) for r in rows[:4]] == [('seed', 'cam'), ('+CRF', 'cam'), ('seed', 'seam+ppc'), ('+CRF', 'seam+ppc')]
-    assert rows[4]['stage'] == 'PSA' and rows[5]['stage'] == 'segmenter' and len(rows) == 6
-    assert all(r['tags at test time'] for r in rows[:5]) and not rows[5]['tags at test time'] and rows[5]['list'] == 'val' and rows[0]['images'] == 16
-    assert all(r['start'] == 'random, then tags' for r in rows) and rows[0]['threshold from'] == 'best on train' and rows[0]['truth'] == 'SegmentationClass'
-    assert rows[4]['miou'] == walked['psa'][2]['mask_miou'] and walked['irn'][2]['table'][4]['stage'] == 'IRN'
+    found = walked['psa'][2]
+    rows = found['table']
+    assert [(r['stage'], r['method']) for r in rows[:4]] == [
+        ('seed', 'cam'), ('+CRF', 'cam'), ('seed', 'seam+ppc'), ('+CRF', 'seam+ppc')]
+    assert [r['stage'] for r in rows[4:]] == ['PSA', 'segmenter']
+    assert [r['tags at test time'] for r in rows] == [True]*5 + [False]
+    assert rows[5]['list'] == 'val' and rows[0]['images'] == 16
+    assert all(r['start'] == 'random, then tags' for r in rows)
+    assert rows[0]['threshold from'] == 'best on train' and rows[0]['truth'] == 'SegmentationClass'
+    assert rows[4]['miou'] == found['mask_miou'] and walked['irn'][2]['table'][4]['stage'] == 'IRN'
 
 
 def test_other_networks_refine_and_segment(done, scenes, tmp_path):
     "A timm network for the affinities, another for the segmentation, weights from a file."
-    import timm
     torch.save(timm.create_model('mobilenetv2_035').state_dict(), tmp_path/'w.pt')
-    shutil.copytree(done[0], tmp_path/'run', ignore=shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock'))
+    shutil.copytree(done[0], tmp_path/'run', ignore=LATER)
     for f in ('config.json', 'metrics.json'):
         (tmp_path/'run'/f).unlink()
-    result = run(tmp_path/'run', ['cam', 'seam+ppc'], data=str(scenes), **QUICK, refine='psa', refine_options=SMALL, refine_backbone='mobilenetv2_035',
-                 refine_weights=str(tmp_path/'w.pt'), seg_backbone='resnet50')
-    assert result['mask_miou'] is not None and [r['start'] for r in result['table'][-2:]] == ['w.pt', 'random']
+    more = dict(refine='psa', refine_options=SMALL, refine_backbone='mobilenetv2_035',
+                refine_weights=str(tmp_path/'w.pt'), seg_backbone='resnet50')
+    result = run(tmp_path/'run', TWO, data=str(scenes), **QUICK, **more)
+    assert result['mask_miou'] is not None
+    assert [r['start'] for r in result['table'][-2:]] == ['w.pt', 'random']
 
 
-@pytest.mark.parametrize('method', stages.KNOWN)
+BASES = 'cam', 'seam', 'eps', 'eps+seam'
+
+
+@pytest.mark.parametrize('method', [base + more for base in BASES for more in ('', '+ppc')])
 def test_every_method_learns(method, scenes, tmp_path):
     "Each baseline with and without the contrast, on views that are turned, shifted and mirrored."
-    result = run(tmp_path/'run', [method], data=str(scenes), **{**QUICK, 'warm_epochs': 0}, flip=True, rotate=20., translate=16, dropout=.5,
-                 reading='paper', segmenter='none', refine='none', crf=False)
+    settings = {**QUICK, **ALONE, 'warm_epochs': 0, 'dropout': .5, 'reading': 'paper',
+                'flip': True, 'rotate': 20., 'translate': 16}
+    result = run(tmp_path/'run', [method], data=str(scenes), **settings)
     log = read_log(tmp_path/'run'/method/'train'/'log.jsonl')
-    terms = {'cls'} | ({'er', 'ecr', 'min'} if 'seam' in method else set()) | ({'sal'} if 'eps' in method else set())
-    assert set(log[-1]) - {'step', 'lr', 'images_per_s'} == terms | ({'cross_prototype', 'cross_cam', 'intra'} if 'ppc' in method else set())
+    of = {'seam': {'er', 'ecr', 'min'}, 'eps': {'sal'},
+          'ppc': {'cross_prototype', 'cross_cam', 'intra'}}
+    terms = {'cls'}.union(*(of[part] for part in of if part in method.split('+')))
+    assert set(log[-1]) - {'step', 'lr', 'images_per_s'} == terms
     assert result['seed_miou'][method] > 0
+
+
+# --- from outside the package --------------------------------------------------------------------
+
+def entropy(batch, config):
+    p = batch.source.cam.softmax(1)
+    return {'entropy': -(p*p.log()).sum(1).mean()}
+
+
+def count_masks(folder, inputs, config):
+    "Copies the pseudo masks, and counts their pixels."
+    for i in inputs.lists['train'].ids:
+        shutil.copy(inputs['masks']/f'{i}.png', folder)
+    return {'pixels': sum(read_mask(f).size for f in folder.glob('*.png'))}
+
+
+def with_count(config, methods):
+    count = Stage('count', count_masks, ('masks',), ('train',), title='counted', shows='mask')
+    return [*stages(config, methods), count]
+
+
+def test_a_method_and_a_stage_from_outside(scenes, tmp_path):
+    "A record each: they are run, resumed, planned and reported, and nothing else knows of them."
+    mine = METHODS['cam'] + Method('entropy', entropy, addition=True)
+    settings = dict(QUICK, data=str(scenes), segmenter='none')
+    out = tmp_path/'run'
+    result = run(out, ['cam', mine], with_count, **settings)
+    assert {*result['seed_miou']} == {'cam', 'cam+entropy'}
+    assert 'entropy' in read_log(out/'cam+entropy'/'train'/'log.jsonl')[-1]
+    assert read_json(out/'count'/'metrics.json')['pixels'] == 16*128*128
+    assert run(out, ['cam', mine], with_count, **settings) == result
+    missing, table = planning.dry_run(['cam', mine], 1, with_count, **settings)
+    assert not missing and {'cam+entropy/train', 'count'} <= {*table.stage}
+    shown, = find_runs(out)
+    assert {'cam+entropy', 'counted'} <= {*gallery(shown).head}
+    assert 'Losses of cam+entropy' in report_page(out, tmp_path/'r.html').read_text()
+
+
+def test_a_backbone_from_outside(scenes, tmp_path, monkeypatch):
+    "One record: it is trained, and asked for by name in the segmenter as well."
+    record = Backbone('wide', lambda output_stride, weights: Tiny(32))
+    monkeypatch.setitem(BACKBONES, 'wide', record)
+    result = run(tmp_path/'run', ['seam+ppc'], data=str(scenes), backbone='wide', **QUICK)
+    assert result['segmentation_miou'] is not None
+    weights = read_weights(tmp_path/'run'/'segmenter'/'weights.safetensors')
+    assert weights['backbone.conv3.0.0.weight'].shape[0] == 32
+
+
+def test_every_parameter_is_read_by_a_stage_or_says_where_to_work():
+    "So that a run with another value is never taken for this one."
+    found = [s for refine in ('crf', 'psa') for s in stages(
+        Config.from_flat(refine=refine, warm_epochs=1), ['eps+seam+ppc'])]
+    resolved = {'preset', 'refine_options', 'recipe', 'seg_options'}  # in a stage's `options`
+    lists = {'data', 'scenes', 'saliency_quality', 'train_split', 'seed_split', 'mask_split',
+             'val_split', 'archive_split', 'crf'}  # lists, and which stages there are
+    where = {'shared', 'workers', 'device'}
+    assert {r for s in found for r in s.reads} | resolved | lists | where == {*Config().flat()}
 
 
 def test_eps_misses_a_saliency_map_before_training(mine, tmp_path):
@@ -331,31 +484,41 @@ def test_eps_misses_a_saliency_map_before_training(mine, tmp_path):
 @pytest.mark.parametrize('name', ['resnet38', 'resnet50'])
 def test_networks_of_the_paper_by_name(name):
     with torch.device('meta'):
-        backbone = stages.make_backbone(CamTraining(backbone=name))
-    assert backbone.channels[-1] == {'resnet38': 4096, 'resnet50': 2048}[name] and backbone.stride == 8
+        backbone = build_backbone(name, 8)
+    width = {'resnet38': 4096, 'resnet50': 2048}[name]
+    assert backbone.channels[-1] == width and backbone.stride == 8
 
 
-@pytest.mark.parametrize('wrong, words', [(dict(epoch=3), "did you mean 'epochs'"), (dict(options={'gird': 8}), "options of reading are {'gird': 8}")])
+@pytest.mark.parametrize('wrong, words', [
+    (dict(epoch=3), "did you mean 'epochs'"),
+    (dict(options={'gird': 8}), "options of reading are {'gird': 8}")])
 def test_papermill_refuses_a_misspelt_parameter(wrong, words, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=words):
-        papermill.execute_notebook(str(cli.notebook()), None, dict(wrong, out=str(tmp_path/'run')), progress_bar=False, kernel_name='python3')
+        papermill.execute_notebook(
+            str(cli.run_notebook()), None, dict(wrong, out=str(tmp_path/'run')),
+            progress_bar=False, kernel_name='python3')
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------
 
 def ppc(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
 
 
 def test_command_runs_and_writes_a_notebook(scenes, tmp_path):
-    (tmp_path/'p.yaml').write_text(yaml.safe_dump(dict(QUICK, data=str(scenes), out=str(tmp_path/'run'), methods=['cam'])))
-    done = ppc('run', tmp_path/'p.yaml', '-p', 'segmenter=none', '-p', 'refine=none', '-p', 'crf=false')
+    settings = dict(QUICK, data=str(scenes), out=str(tmp_path/'run'), methods=['cam'])
+    (tmp_path/'p.yaml').write_text(yaml.safe_dump(settings))
+    less = '-p', 'segmenter=none', '-p', 'refine=none', '-p', 'crf=false'
+    done = ppc('run', tmp_path/'p.yaml', *less)
     assert done.exit_code == 0, done.output
     assert 'cam' in done.output and (tmp_path/'run'/'result.png').is_file()
     book = json.loads((tmp_path/'run'/'run.ipynb').read_text())
-    assert not any(o.get('output_type') == 'error' for c in book['cells'] for o in c.get('outputs', []))
+    outputs = [o for c in book['cells'] for o in c.get('outputs', [])]
+    assert not any(o.get('output_type') == 'error' for o in outputs)
 
 
-@pytest.mark.parametrize('text, words', [('epoch: 3\nout: x', "did you mean 'epochs'"), ('data: x', 'out'), ('- a', 'name: value'), ('a: [', 'YAML')])
+@pytest.mark.parametrize('text, words', [
+    ('epoch: 3\nout: x', "did you mean 'epochs'"), ('data: x', 'out'), ('- a', 'name: value'),
+    ('a: [', 'YAML')])
 def test_command_tells_what_is_wrong(tmp_path, text, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'p.yaml').write_text(text)
@@ -380,11 +543,12 @@ def test_command_exports_the_network(walked, scenes, tmp_path):
     out = walked['psa'][0]
     done = ppc('export', out, tmp_path/'net.onnx')
     assert done.exit_code == 0, done.output
-    session, data = onnxruntime.InferenceSession(tmp_path/'net.onnx'), TagFolder(scenes, 'val')
+    session = onnxruntime.InferenceSession(tmp_path/'net.onnx')
+    data = TagFolder(scenes, 'val')
+    def logits(image): return session.run(['logits'], {'image': np.ascontiguousarray(image)})[0]
     for n, i in enumerate(data.ids):
         image = np.asarray(data.image(n)).transpose(2, 0, 1)[None]
-        plain, mirrored = (session.run(['logits'], {'image': np.ascontiguousarray(x)})[0] for x in (image, image[..., ::-1]))
-        mean = (plain + mirrored[..., ::-1])/2
+        mean = (logits(image) + logits(image[..., ::-1])[..., ::-1])/2
         assert (mean[0].argmax(0) == read_mask(out/'segmentation'/f'{i}.png')).mean() > .999
     for wrong, words in ((tmp_path, 'no trained segmenter'), (out, 'should end in')):
         failed = ppc('export', wrong, tmp_path/'net.pth')

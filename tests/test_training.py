@@ -12,8 +12,9 @@ from ppc.training import Batches, fit, read_log
 RUN = '''
 import sys, torch
 torch.set_num_threads(1)
-from ppc.parameters import settings, CamTraining, Shared
-from ppc.stages import train_cam
+from ppc.parameters import Config
+from ppc.methods import find_method
+from ppc.work import Inputs, train_cam
 from ppc.data import TagFolder
 import ppc.training as training
 from pathlib import Path
@@ -25,12 +26,13 @@ def record(*a):
     return plain(*a)
 training._log_row = record
 out.mkdir(exist_ok=True)
-p = settings(epochs=3, batch_size=4, crop=64, target=32, k=4, ramp=.5, precision=precision,
-             ema=.9)   # the running mean is resumed as well
+config = Config.from_flat(epochs=3, batch_size=4, crop=64, target=32, k=4, ramp=.5,
+                          precision=precision, ema=.9)   # the running mean is resumed as well
 fit = training.fit
-import ppc.stages
-ppc.stages.fit = lambda *a, **k: fit(*a, **k, log_every=1)
-train_cam(out, TagFolder(data), 'seam+ppc', p[Shared], p[CamTraining], None)
+import ppc.work
+ppc.work.fit = lambda *a, **k: fit(*a, **k, log_every=1)
+inputs = Inputs({}, {'train': TagFolder(data)})
+train_cam(out, inputs, config, find_method('seam+ppc'))
 '''
 
 
