@@ -208,7 +208,7 @@ def test_one_absent_label_stands_for_all(present, absent, p, seed):
     image = torch.from_numpy(scene(rng)[0][40:88, 40:80].copy())[None]
     unary = torch.from_numpy(rng.random((1, present + 1, 48, 40), dtype=np.float32)*4)
     full = mean_field(image, unary[:, [*range(present), *[present]*absent]], p)
-    short = mean_field(image, unary, p, times=[1]*present + [absent])
+    short = mean_field(image, unary, p, multiplicity=[1]*present + [absent])
     torch.testing.assert_close(full[:, :present + 1], short, atol=1e-4, rtol=0)
     torch.testing.assert_close(full.sum(1), torch.ones(1, 48, 40))
 
