@@ -12,6 +12,7 @@ __all__ = ['CRF_IRN', 'CRF_PSA', 'CRF_SSC', 'CRF_DLP', 'CRF_PRESETS', 'MIN_PARAL
 import math
 import os
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -20,158 +21,225 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
 from tqdm import tqdm
-from .data import read_image, write_mask
+from .data import TagFolder, read_image, write_mask
 from .inference import read_cam
 
 # %% ../nbs/32_crf.ipynb #4d38dcd5
 @dataclass(frozen=True)
 class Pairwise:
-    "How far and how strongly pixels pull at each other. The defaults are IRN's. Raises `ValueError` for a number that makes no sense."
-    sxy: float = 50          # appearance: reach in pixels,
-    srgb: float = 5          # in grey levels,
-    compat: float = 10       # and weight
-    smooth_sxy: float = 3    # smoothness: reach in pixels
-    smooth_compat: float = 3 # and weight
-    iterations: int = 10     # mean-field steps
+    """The pairwise terms of the CRF: how far they reach and how much they weigh.
+
+    The defaults are IRN's. Raises `ValueError` for a reach that is not positive, a negative weight
+    or a negative number of iterations.
+    """
+    sxy: float = 50           # appearance: reach in pixels,
+    srgb: float = 5           # in grey levels,
+    compat: float = 10        # and weight
+    smooth_sxy: float = 3     # smoothness: reach in pixels
+    smooth_compat: float = 3  # and weight
+    iterations: int = 10      # mean-field steps
 
     def __post_init__(self):
         for name in ('sxy', 'srgb', 'smooth_sxy'):
-            if not getattr(self, name) > 0:
-                raise ValueError(f'{name} is {getattr(self, name)}: it is a reach and must be above 0.')
+            if not getattr(self, name) > 0:   # `not >` also refuses NaN
+                value = getattr(self, name)
+                raise ValueError(f'{name} is {value}: it is a reach and must be above 0.')
         for name in ('compat', 'smooth_compat', 'iterations'):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'{name} is {getattr(self, name)}: it must not be below 0.')
 
 # %% ../nbs/32_crf.ipynb #90fbee68
-CRF_IRN, CRF_PSA, CRF_SSC, CRF_DLP = Pairwise(), Pairwise(80, 13, 10), Pairwise(32, 13, 10, iterations=1), Pairwise(67, 3, 4, smooth_sxy=1)
+CRF_IRN = Pairwise()
+CRF_PSA = Pairwise(80, 13, 10)
+CRF_SSC = Pairwise(32, 13, 10, iterations=1)
+CRF_DLP = Pairwise(67, 3, 4, smooth_sxy=1)
 CRF_PRESETS = {'irn': CRF_IRN, 'psa': CRF_PSA, 'ssc': CRF_SSC, 'dlp': CRF_DLP}
 
 # %% ../nbs/32_crf.ipynb #c4bfe1a8
 def elevate(
-    features, # points (P, d)
-):            # (P, d+1), rows sum to 0
-    "Positions in the plane across the diagonal of d+1 dimensions, scaled so that the lattice's blur has width 1."
+    features: Tensor,  # points (P, d)
+) -> Tensor:  # (P, d+1), rows sum to 0
+    """Map points to the hyperplane orthogonal to the diagonal of d+1 dimensions.
+
+    The scale is the one at which the lattice's blur has width 1.
+    """
     i = torch.arange(1, features.shape[1] + 1, device=features.device)
     x = features*(2/(3*i*(i + 1))).sqrt()
     return F.pad(x.flip(1).cumsum(1).flip(1), (0, 1)) - F.pad(i*x, (1, 0))
 
 # %% ../nbs/32_crf.ipynb #1dbc1dec
 def simplex(
-    v, # points in the plane (P, d+1)
-):     # first corner (P, d+1) int32; coordinates in the order in which they are raised (P, d+1); weights of the corners met (P, d+1)
-    "The simplex around each point."
+    v: Tensor,  # points in the hyperplane (P, d+1)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the simplex around each point.
+
+    Returns its first corner (P, d+1) int32, its coordinates in the order in which they are raised
+    (P, d+1), and the weights of the corners that this visits (P, d+1).
+    """
     low = v.floor()
     rest, order = (v - low).sort(1, descending=True)
-    return low.int(), order, torch.cat([1 - rest[:, :1] + rest[:, -1:], -rest.diff(dim=1)], 1)
+    weights = torch.cat([1 - rest[:, :1] + rest[:, -1:], -rest.diff(dim=1)], 1)
+    return low.int(), order, weights
 
 # %% ../nbs/32_crf.ipynb #fbda2d3b
 def corner_keys(
-    first,  # corner of each simplex (P, d+1) int32
-    order,  # in which its coordinates are raised (P, d+1)
-    images, # number of pictures N, each of P/N points
-):          # a number for each corner (P, d+1); what raising each coordinate adds to it (d+1,); int32 where that is enough
-    "Corners as whole numbers. Raises `ValueError` where 64 bits are too few."
-    at = first[:, :-1] - first[:, -1:]
-    least, most = at.amin(0) - 2, at.amax(0) + 2   # one for the simplex, one for a neighbour: a digit never carries
-    sizes = (most - least + 1).tolist()
-    if images*math.prod(sizes) >= 2**63:
-        raise ValueError('The lattice is too fine for the picture: a larger sxy or srgb, or fewer pictures at once.')
-    kind = torch.int32 if images*math.prod(sizes) < 2**31 else torch.int64
-    digits = [math.prod(sizes[k + 1:]) for k in range(len(sizes))]
-    step = torch.tensor([*digits, -sum(digits)], dtype=kind, device=at.device)
-    image = torch.arange(images, device=at.device, dtype=kind).repeat_interleave(len(at)//images)
-    start = image*math.prod(sizes) + ((at - least)*step[:-1]).sum(1, dtype=kind)
-    return start[:, None] + F.pad(step.take(order[:, :-1]).cumsum(1, dtype=kind), (1, 0)), step
+    first: Tensor,  # first corner of each simplex (P, d+1) int32
+    order: Tensor,  # the order in which its coordinates are raised (P, d+1)
+    images: int,  # number of images N, each of P/N points
+) -> tuple[Tensor, Tensor]:  # (P, d+1), (d+1,); int32 where that is enough
+    """Number the corners, and say what raising each coordinate adds to the number.
+
+    Raises `ValueError` where 64 bits are too few.
+    """
+    digits = first[:, :-1] - first[:, -1:]
+    least = digits.amin(0) - 2   # one for the simplex, one for a neighbour: a digit never carries
+    sizes = (digits.amax(0) + 2 - least + 1).tolist()
+    dtype = _key_dtype(images*math.prod(sizes))
+    scales = [math.prod(sizes[k + 1:]) for k in range(len(sizes))]
+    step = torch.tensor([*scales, -sum(scales)], dtype=dtype, device=first.device)
+    image = torch.arange(images, device=first.device, dtype=dtype)
+    image = image.repeat_interleave(len(first)//images)
+    start = image*math.prod(sizes) + ((digits - least)*step[:-1]).sum(1, dtype=dtype)
+    raised = step.take(order[:, :-1]).cumsum(1, dtype=dtype)
+    return start[:, None] + F.pad(raised, (1, 0)), step
+
+# %% ../nbs/32_crf.ipynb #d8654a20
+def _key_dtype(count):
+    "The smallest integer type that numbers so many corners."
+    if count >= 2**63:
+        raise ValueError('The lattice is too fine for the picture: '
+                         'a larger sxy or srgb, or fewer pictures at once.')
+    return torch.int32 if count < 2**31 else torch.int64
 
 # %% ../nbs/32_crf.ipynb #9ff8be79
 class Lattice(NamedTuple):
-    "A Gaussian blur of P points through V corners. `neighbours` holds two (V+1,) for each direction; corner V is always zero."
-    corner: torch.Tensor  # of each point (P, d+1) int32
-    weight: torch.Tensor  # and how much of each is read (P, d+1)
-    point: torch.Tensor   # what is splatted, corner after corner (P(d+1),) int32
-    share: torch.Tensor   # and how much of it (P(d+1),)
-    begin: torch.Tensor   # where each corner's points begin (V+1,) int32
-    neighbours: list
+    """A Gaussian blur of P points by way of V corners; corner V is always zero.
+
+    `neighbours` holds the next and the previous corner (V+1,) int32 in each direction.
+    """
+    corner: Tensor        # the corners of each point (P, d+1) int32
+    weight: Tensor        # and how much of each is read (P, d+1)
+    splat_point: Tensor   # the points that are splatted, corner by corner (P(d+1),) int32
+    splat_weight: Tensor  # and how much of each (P(d+1),)
+    splat_start: Tensor   # where the points of each corner begin (V+1,) int32
+    neighbours: list[tuple[Tensor, Tensor]]
 
 # %% ../nbs/32_crf.ipynb #a6772048
 def lattice(
-    features, # of N pictures (N, n, d)
-):            # `Lattice` of N·n points
-    "The lattice around the points."
+    features: Tensor,  # points of N images (N, n, d)
+) -> Lattice:  # of N·n points
+    "Build the lattice around the points."
     first, order, weight = simplex(elevate(features.flatten(0, 1)))
     keys, steps = corner_keys(first, order, len(features))
-    keys, place = keys.flatten().sort(stable=True)
+    keys, splat = keys.flatten().sort(stable=True)
     known, number, count = keys.unique_consecutive(return_inverse=True, return_counts=True)
-    corner = torch.empty_like(place, dtype=torch.int32).scatter_(0, place, number.int()).view_as(weight)
-    point = place.int().div_(weight.shape[1], rounding_mode='floor')
-    begin = F.pad(count.cumsum(0), (1, 0)).int()
-    return Lattice(corner, weight, point, weight.flatten().index_select(0, place), begin, [lattice_neighbours(known, s) for s in steps])
+    corner = torch.empty_like(splat, dtype=torch.int32).scatter_(0, splat, number.int())
+    return Lattice(
+        corner.view_as(weight), weight,
+        splat_point=splat.int().div_(weight.shape[1], rounding_mode='floor'),
+        splat_weight=weight.flatten().index_select(0, splat),
+        splat_start=F.pad(count.cumsum(0), (1, 0)).int(),
+        neighbours=[lattice_neighbours(known, step) for step in steps])
 
+# %% ../nbs/32_crf.ipynb #77ca332b
 def lattice_neighbours(
-    known, # the corners' numbers (V,), sorted
-    step,  # one of the directions
-):         # the neighbour before and the one behind (V+1,) int32, V where there is none
-    "Each corner's neighbours in one direction."
-    V, wanted = len(known), known + step
-    there = torch.searchsorted(known, wanted, out_int32=True).clamp_(max=V - 1)
-    ahead = F.pad(there.masked_fill_(known.index_select(0, there) != wanted, V), (0, 1), value=V)
-    behind = torch.full_like(ahead, V).scatter_(0, ahead.long(), torch.arange(V + 1, dtype=torch.int32, device=known.device))
-    behind[V] = V   # to which all wrote that have none ahead, in any order
-    return ahead, behind
+    known: Tensor,  # numbers of the corners (V,), sorted
+    step: Tensor,  # one of the directions, scalar
+) -> tuple[Tensor, Tensor]:  # next and previous neighbour (V+1,) int32, V where there is none
+    "Find each corner's neighbours in one direction."
+    V = len(known)
+    wanted = known + step
+    found = torch.searchsorted(known, wanted, out_int32=True).clamp_(max=V - 1)
+    found.masked_fill_(known.index_select(0, found) != wanted, V)
+    after = F.pad(found, (0, 1), value=V)
+    numbers = torch.arange(V + 1, dtype=torch.int32, device=known.device)
+    before = torch.full_like(after, V).scatter_(0, after.long(), numbers)
+    before[V] = V   # all corners without a next one wrote here, in any order
+    return after, before
 
 # %% ../nbs/32_crf.ipynb #1c5caae6
 def lattice_blur(
-    l,      # `Lattice`
-    values, # at the points (P, L)
-):          # (P, L)
-    "The blurred values, up to a constant factor."
-    at = F.embedding_bag(l.point, values, l.begin, mode='sum', per_sample_weights=l.share)
-    for ahead, behind in l.neighbours:
-        at = at.add(at.index_select(0, ahead).add_(at.index_select(0, behind)), alpha=.5)
-    return F.embedding_bag(l.corner, at, mode='sum', per_sample_weights=l.weight)
+    kernel: Lattice,
+    values: Tensor,  # at the points (P, L)
+) -> Tensor:  # (P, L)
+    "Blur the values, up to a constant factor."
+    at = F.embedding_bag(kernel.splat_point, values, kernel.splat_start, mode='sum',
+                         per_sample_weights=kernel.splat_weight)
+    for after, before in kernel.neighbours:
+        at = at.add(at.index_select(0, after).add_(at.index_select(0, before)), alpha=.5)
+    return F.embedding_bag(kernel.corner, at, mode='sum', per_sample_weights=kernel.weight)
 
 # %% ../nbs/32_crf.ipynb #c84afb5d
 def normalised_kernel(
-    features, # (N, n, d)
-    compat=1, # weight of the kernel
-):            # `Lattice`
-    "The normalised kernel: rows and columns on a common scale."
-    l = lattice(features)
-    n = (lattice_blur(l, torch.ones_like(l.weight[:, :1])) + 1e-20).rsqrt()
-    return l._replace(weight=l.weight*(compat*n), share=l.share*n[:, 0].index_select(0, l.point))
+    features: Tensor,  # (N, n, d)
+    compat: float = 1,  # weight of the kernel
+) -> Lattice:
+    "Build the normalised kernel: rows and columns on a common scale."
+    kernel = lattice(features)
+    ones = torch.ones_like(kernel.weight[:, :1])
+    n = (lattice_blur(kernel, ones) + 1e-20).rsqrt()
+    return kernel._replace(
+        weight=kernel.weight*(compat*n),
+        splat_weight=kernel.splat_weight*n[:, 0].index_select(0, kernel.splat_point))
 
-def pixel_positions(images, reach):  # (N, H, W, 3) -> (N, HW, 2)
-    "Column and row of every pixel, in units of `reach`."
+# %% ../nbs/32_crf.ipynb #cea54398
+def pixel_positions(
+    images: Tensor,  # (N, H, W, 3)
+    reach: float,  # the unit, in pixels
+) -> Tensor:  # (N, HW, 2)
+    "Give column and row of every pixel, in units of `reach`."
     N, H, W, _ = images.shape
-    x, y = torch.meshgrid(torch.arange(W, device=images.device), torch.arange(H, device=images.device), indexing='xy')
+    columns = torch.arange(W, device=images.device)
+    rows = torch.arange(H, device=images.device)
+    x, y = torch.meshgrid(columns, rows, indexing='xy')
     return (torch.stack([x, y], -1).view(1, -1, 2)/reach).expand(N, -1, -1)
 
 # %% ../nbs/32_crf.ipynb #e921ce99
 @torch.no_grad()
 def mean_field(
-    images,       # (N, H, W, 3) uint8
-    unary,        # energies (N, L, H, W)
-    pairwise=CRF_IRN, # `Pairwise`
-    times=None,   # how many labels each of the L stands for (L,); None: one
-):                # (N, L, H, W) float32
-    "The labels' probabilities after mean field; where one stands for many, those of each of them. Raises `ValueError`."
+    images: Tensor,  # (N, H, W, 3) uint8
+    unary: Tensor,  # energies (N, L, H, W)
+    pairwise: Pairwise = CRF_IRN,
+    multiplicity: Sequence[int] | None = None,  # how many labels a channel stands for (L,); None: 1
+) -> Tensor:  # (N, L, H, W) float32
+    """Return the labels' probabilities after mean field.
+
+    Where one channel stands for several labels, it holds the probability of each of them.
+
+    Raises `ValueError` for images that do not fit the unary.
+    """
     N, L, H, W = unary.shape
-    if images.shape != (N, H, W, 3) or images.dtype != torch.uint8:
-        raise ValueError(f'images are {images.dtype} {tuple(images.shape)}: a unary {tuple(unary.shape)} needs uint8 {(N, H, W, 3)}.')
-    near = normalised_kernel(pixel_positions(images, pairwise.smooth_sxy), pairwise.smooth_compat)
-    alike = normalised_kernel(torch.cat([pixel_positions(images, pairwise.sxy), images.flatten(1, 2)/pairwise.srgb], 2), pairwise.compat)
-    m = torch.ones(L, 1, device=unary.device) if times is None else torch.as_tensor(times, device=unary.device).float()[:, None]
+    near, alike = _kernels(images, unary.shape, pairwise)
+    m = torch.as_tensor([1]*L if multiplicity is None else multiplicity, device=unary.device)
+    m = m.float()[:, None]
     alone = m.log() - unary.float().transpose(0, 1).reshape(L, -1)
     q = alone.softmax(0)/m
     for _ in range(pairwise.iterations):
-        at = q.t().contiguous()   # a pixel's labels lie together where they are gathered, and apart where they are compared
+        at = q.t().contiguous()   # gathering is fast where a pixel's labels lie together in memory
         q = (alone + (lattice_blur(near, at) + lattice_blur(alike, at)).t()).softmax(0)/m
     return q.view(L, N, H, W).transpose(0, 1)
 
-# %% ../nbs/32_crf.ipynb #9e13a2f7
-def _device(): return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+# %% ../nbs/32_crf.ipynb #38e8a330
+def _kernels(images, shape, pairwise):
+    "The kernels of smoothness and appearance."
+    N, _, H, W = shape
+    if images.shape != (N, H, W, 3) or images.dtype != torch.uint8:
+        raise ValueError(f'images are {images.dtype} {tuple(images.shape)}: '
+                         f'a unary {tuple(shape)} needs uint8 {(N, H, W, 3)}.')
+    colours = images.flatten(1, 2)/pairwise.srgb
+    smoothness = pixel_positions(images, pairwise.smooth_sxy)
+    appearance = torch.cat([pixel_positions(images, pairwise.sxy), colours], 2)
+    return (normalised_kernel(smoothness, pairwise.smooth_compat),
+            normalised_kernel(appearance, pairwise.compat))
 
+# %% ../nbs/32_crf.ipynb #9e13a2f7
+def _device():
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+# %% ../nbs/32_crf.ipynb #2dfe8027
 def _rgb(image, size):  # -> (1, H, W, 3) uint8 tensor
     image = np.array(image)
     if image.ndim == 2:
@@ -179,17 +247,21 @@ def _rgb(image, size):  # -> (1, H, W, 3) uint8 tensor
     if image.shape[2:] == (1,):
         image = image.repeat(3, 2)
     if image.shape != (*size, 3) or image.dtype != np.uint8:
-        raise ValueError(f'image is {image.dtype} {image.shape}: labels of {size} need uint8 {(*size, 3)}, or grey without the 3.')
+        raise ValueError(f'image is {image.dtype} {image.shape}: labels of {size} need '
+                         f'uint8 {(*size, 3)}, or grey without the 3.')
     return torch.from_numpy(image)[None].to(_device())
 
 # %% ../nbs/32_crf.ipynb #59478ff7
 def hard_unary(
-    labels,     # (H, W) long
-    names,      # the labels that occur (L,), without the unsure one
-    classes,    # how many labels there are in all
-    confidence, # that a label is right
-):              # energies (L, H, W), or (L+1, H, W) with one more for all that are absent
-    "Minus the logarithm of the labels' probabilities, one for all where the label is not among `names`."
+    labels: Tensor,  # (H, W) long
+    names: Tensor,  # the labels that occur (L,), without the unsure one
+    classes: int,  # how many labels there are in all
+    confidence: float,  # probability that a label is right
+) -> Tensor:  # energies (L, H, W), or (L+1, H, W) with one more for all that are absent
+    """Return minus the logarithm of the labels' probabilities.
+
+    Where a pixel's label is not among `names`, all energies are equal.
+    """
     own = labels == names[:, None, None]
     if classes > len(names):
         own = torch.cat([own, torch.zeros_like(own[:1])])
@@ -197,116 +269,159 @@ def hard_unary(
 
 # %% ../nbs/32_crf.ipynb #9b57c086
 def crf(
-    image,          # (H, W, 3) uint8; grey: (H, W) or (H, W, 1)
-    labels,         # (H, W) class numbers
-    classes=None,   # how many labels there are in all; None: those that occur
-    confidence=.7,  # that a label is right
-    pairwise=CRF_IRN,   # `Pairwise`
-    unsure=None,    # this number stands for an unknown label
-):                  # (H, W) uint8
-    "Labels after a dense CRF, of those that occur. With none but the unsure one they stay as they are. Raises `ValueError`."
+    image: ArrayLike,  # (H, W, 3) uint8; grey: (H, W) or (H, W, 1)
+    labels: ArrayLike,  # (H, W) class numbers
+    classes: int | None = None,  # how many labels there are in all; None: those that occur
+    confidence: float = .7,  # probability that a label is right
+    pairwise: Pairwise = CRF_IRN,
+    unsure: int | None = None,  # this number stands for an unknown label
+) -> np.ndarray:  # (H, W) uint8
+    """Refine labels by a dense CRF over those that occur; if none is known they stay as they are.
+
+    Raises `ValueError` for wrong shapes, labels out of range and an impossible confidence.
+    """
     labels = np.asarray(labels)
-    image, names = _rgb(image, labels.shape), np.setdiff1d(labels, [] if unsure is None else [unsure])
+    image = _rgb(image, labels.shape)
+    names = _label_names(labels, classes, unsure)
+    if not len(names):
+        return labels.astype(np.uint8)
+    if len(names) == 1:
+        return np.full(labels.shape, names[0], np.uint8)
+    q = _label_probabilities(image, labels, names, classes or len(names), confidence, pairwise)
+    return names[q[:len(names)].argmax(0).cpu().numpy()].astype(np.uint8)
+
+# %% ../nbs/32_crf.ipynb #dacc3edf
+def _label_names(labels, classes, unsure):
+    "The labels that occur, without the unsure one."
+    names = np.setdiff1d(labels, [] if unsure is None else [unsure])
     limit = 256 if classes is None else classes
     if len(names) and not 0 <= names[0] <= names[-1] < limit:
-        raise ValueError(f'labels hold {names[0]}..{names[-1]}: class numbers are 0..{limit - 1}; a number for unknown pixels is given as unsure.')
-    if len(names) < 2:
-        return np.full(labels.shape, names[0], np.uint8) if len(names) else labels.astype(np.uint8)
-    classes = classes or len(names)
+        raise ValueError(f'labels hold {names[0]}..{names[-1]}: class numbers are '
+                         f'0..{limit - 1}; a number for unknown pixels is given as unsure.')
+    return names
+
+# %% ../nbs/32_crf.ipynb #fa6537b2
+def _label_probabilities(image, labels, names, classes, confidence, pairwise):
+    "After mean field, with one channel for all absent labels."
     if not 1/classes < confidence < 1:
-        raise ValueError(f'confidence is {confidence}: with {classes} labels it lies between 1/{classes} and 1.')
+        raise ValueError(f'confidence is {confidence}: '
+                         f'with {classes} labels it lies between 1/{classes} and 1.')
     at = [torch.from_numpy(x.astype(np.int64)).to(image.device) for x in (labels, names)]
     unary = hard_unary(*at, classes, confidence)
-    times = [1]*len(names) + [classes - len(names)]*(len(unary) - len(names))
-    q = mean_field(image, unary[None], pairwise, times)[0]
-    return names[q[:len(names)].argmax(0).cpu().numpy()].astype(np.uint8)
+    multiplicity = [1]*len(names)
+    if classes > len(names):
+        multiplicity.append(classes - len(names))
+    return mean_field(image, unary[None], pairwise, multiplicity)[0]
 
 # %% ../nbs/32_crf.ipynb #084220da
 def crf_scores(
-    image,        # (H, W, 3) uint8; grey: (H, W) or (H, W, 1)
-    scores,       # (L, H, W) in 0..1
-    pairwise=CRF_PSA, # `Pairwise`
-):                # (L, H, W) float32, summing to 1
-    "Probabilities after a dense CRF on soft scores; those below 1e-5 count as that. Raises `ValueError`."
+    image: ArrayLike,  # (H, W, 3) uint8; grey: (H, W) or (H, W, 1)
+    scores: ArrayLike,  # (L, H, W) in 0..1
+    pairwise: Pairwise = CRF_PSA,
+) -> np.ndarray:  # (L, H, W) float32, summing to 1
+    """Refine soft scores by a dense CRF; scores below 1e-5 count as 1e-5.
+
+    Raises `ValueError` for wrong shapes.
+    """
     scores = np.asarray(scores, dtype=np.float32)
     if scores.ndim != 3 or not len(scores):
-        raise ValueError(f'scores have the shape {scores.shape}: it should be (L, H, W) with at least one label.')
+        raise ValueError(f'scores have the shape {scores.shape}: '
+                         'it should be (L, H, W) with at least one label.')
     image = _rgb(image, scores.shape[1:])
     unary = -torch.from_numpy(scores).to(image.device).clamp(1e-5, 1).log()
     return mean_field(image, unary[None], pairwise)[0].cpu().numpy()
 
 # %% ../nbs/32_crf.ipynb #1e97b8cc
 def seed_mask(
-    scores,    # (P, H, W) in 0..1
-    present,   # (P,) class numbers from 1
-    threshold, # of the background
-):             # (H, W) uint8
-    "argmax over [threshold, scores]; ties go to the background."
+    scores: np.ndarray,  # (P, H, W) in 0..1
+    present: np.ndarray,  # (P,) class numbers from 1
+    threshold: float,  # score of the background
+) -> np.ndarray:  # (H, W) uint8
+    "Take the argmax over [threshold, scores]; ties go to the background."
     if not len(present):
         return np.zeros(scores.shape[1:], dtype=np.uint8)
-    return np.where(scores.max(0) > np.float32(threshold), np.asarray(present)[scores.argmax(0)], 0).astype(np.uint8)
+    return np.where(scores.max(0) > np.float32(threshold),
+                    np.asarray(present)[scores.argmax(0)], 0).astype(np.uint8)
 
 # %% ../nbs/32_crf.ipynb #cf0711b7
 def crf_cam(
-    image,       # (H, W, 3) uint8
-    scores,      # (P, H, W) in 0..1
-    present,     # (P,) class numbers from 1
-    power=8,     # of the background, (1 - max) to this power
-    pairwise=CRF_PSA,# `Pairwise`
-):               # (H, W) uint8
-    "The best of background and present classes after a CRF that begins with a CAM's scores. Without any class all of it is background."
+    image: ArrayLike,  # (H, W, 3) uint8
+    scores: np.ndarray,  # (P, H, W) in 0..1
+    present: np.ndarray,  # (P,) class numbers from 1
+    power: float = 8,  # of the background, (1 - max) to this power
+    pairwise: Pairwise = CRF_PSA,
+) -> np.ndarray:  # (H, W) uint8
+    """Take the best of background and present classes after a CRF on the scores of a CAM.
+
+    An image without any class is all background.
+    """
     if not len(present):
         return np.zeros(scores.shape[1:], dtype=np.uint8)
-    names, behind = np.array([0, *present], dtype=np.uint8), (1 - scores.max(0, keepdims=True))**power
+    names = np.array([0, *present], dtype=np.uint8)
+    behind = (1 - scores.max(0, keepdims=True))**power
     return names[crf_scores(image, np.concatenate([behind, scores]), pairwise).argmax(0)]
 
 # %% ../nbs/32_crf.ipynb #69a2f9a2
-MIN_PARALLEL = 100  # pictures: fewer are done before the processes have imported torch
+def _exit_with_parent():
+    parent_process().join()
+    os._exit(1)
+
+def _begin_worker():
+    torch.set_num_threads(1)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+# %% ../nbs/32_crf.ipynb #490cf48b
+MIN_PARALLEL = 100  # fewer images are done before the processes have imported torch
 
 def write_each(
-    work,    # called with a job
-    jobs,    # tuples; the file that a job writes is its first entry
-    workers, # processes; below 2, for few pictures, and on a GPU: none but this one
-    label,   # in front of the progress bar
+    work: Callable[[tuple], None],  # writes the file of one job
+    jobs: Sequence[tuple],  # the file that a job writes is its first entry, a `Path`
+    workers: int,  # processes; below 2, for few jobs and on a GPU this process does all
+    label: str,  # in front of the progress bar
 ):
-    "Do the jobs whose file is not there yet."
-    todo = [j for j in jobs if not j[0].exists()]
+    "Do the jobs whose file does not exist yet."
+    todo = [job for job in jobs if not job[0].exists()]
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=label) as bar:
         if workers < 2 or len(todo) < MIN_PARALLEL or torch.cuda.is_available():
-            for j in todo:
-                work(j)
+            for job in todo:
+                work(job)
                 bar.update()
         else:
-            with ProcessPoolExecutor(workers, get_context('spawn'), _begin) as pool:
+            with ProcessPoolExecutor(workers, get_context('spawn'), _begin_worker) as pool:
                 for _ in pool.map(work, todo, chunksize=8):
                     bar.update()
 
-def _begin():  # a worker; it ends with its parent, also with one that was killed
-    torch.set_num_threads(1)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
 # %% ../nbs/32_crf.ipynb #f087b16b
 def write_masks(
-    folder,       # `TagFolder`
-    cams,         # folder of CAM files
-    out,          # folder for <id>.png
-    threshold,    # of the background
-    use_crf,      # refine the seeds
-    workers=2,    # processes
-    label='masks',# in front of the progress bar
-    pairwise=CRF_IRN, # `Pairwise`
-    classes=None, # as in `crf`
-    power=0,      # 0: the CRF begins with the seeds; otherwise with the CAMs, see `crf_cam`
+    folder: TagFolder,
+    cams: Path | str,  # folder of CAM files
+    out: Path | str,  # folder for <id>.png
+    threshold: float,  # score of the background
+    use_crf: bool,  # refine the seeds
+    workers: int = 2,  # processes
+    label: str = 'masks',  # in front of the progress bar
+    pairwise: Pairwise = CRF_IRN,
+    classes: int | None = None,  # as in `crf`
+    power: float = 0,  # 0: the CRF begins with the seeds; otherwise with the CAMs, see `crf_cam`
 ):
-    "Write the pseudo mask of every image of a split; what is there already is skipped. Raises `DataError` for a CAM of another size."
-    jobs = [(Path(out)/f'{i}.png', folder.files[i], Path(cams)/f'{i}.npz', threshold, use_crf, pairwise, classes, power) for i in folder.ids]
+    """Write the pseudo mask of every image of a split; existing masks are kept.
+
+    Raises `DataError` for a CAM that is missing, damaged or of another size.
+    """
+    settings = (threshold, use_crf, pairwise, classes, power)
+    jobs = [(Path(out)/f'{i}.png', folder.files[i], Path(cams)/f'{i}.npz', *settings)
+            for i in folder.ids]
     write_each(_write_mask, jobs, workers if use_crf else 0, label)
 
+# %% ../nbs/32_crf.ipynb #c88f86b2
 def _write_mask(job):
     out, file, cam, threshold, use_crf, pairwise, classes, power = job
     image = np.asarray(read_image(file))
     scores, present = read_cam(cam, image.shape[:2])
     if use_crf and power:
-        return write_mask(out, crf_cam(image, scores, present, power, pairwise))
-    labels = seed_mask(scores, present, threshold)
-    write_mask(out, crf(image, labels, classes, pairwise=pairwise) if use_crf else labels)
+        mask = crf_cam(image, scores, present, power, pairwise)
+    else:
+        mask = seed_mask(scores, present, threshold)
+        if use_crf:
+            mask = crf(image, mask, classes, pairwise=pairwise)
+    write_mask(out, mask)

@@ -14,20 +14,25 @@ import io
 import math
 import tarfile
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
+
+# %% ../nbs/36_deeplab.ipynb #c9332dbf
 from .backbones import freeze_batchnorm
-from .crf import CRF_PRESETS, Pairwise, crf_scores
+from .crf import CRF_DLP, CRF_SSC, Pairwise, crf_scores
 from ppc.data import (
     MEAN,
     STD,
     DataError,
+    TagFolder,
     TrainingViews,
     atomic,
     augmentation,
@@ -42,10 +47,17 @@ from .views import resize
 # %% ../nbs/36_deeplab.ipynb #08da08e9
 def _conv(i, o, dilation=0, norm=True):
     "A 1x1 or dilated 3x3 convolution, batch normalisation if wanted, ReLU."
-    conv = nn.Conv2d(i, o, 3, padding=dilation, dilation=dilation) if dilation else nn.Conv2d(i, o, 1)
-    return nn.Sequential(conv, *[nn.BatchNorm2d(o, affine=False)]*norm, nn.ReLU(inplace=True))
+    if dilation:
+        conv = nn.Conv2d(i, o, 3, padding=dilation, dilation=dilation)
+    else:
+        conv = nn.Conv2d(i, o, 1)
+    if norm:
+        return nn.Sequential(conv, nn.BatchNorm2d(o, affine=False), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, nn.ReLU(inplace=True))
 
+# %% ../nbs/36_deeplab.ipynb #7a4c577f
 def _kaiming(head):
+    "Kaiming's initialisation of all convolutions."
     for m in head.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode='fan_out')
@@ -53,101 +65,129 @@ def _kaiming(head):
 
 # %% ../nbs/36_deeplab.ipynb #56ed6800
 class LargeFOV(nn.Sequential):
-    "Head of DeepLab-LargeFOV, one dilated convolution: features (N, channels, h, w) -> logits (N, classes, h, w)."
+    """The head of DeepLab-LargeFOV, one dilated convolution.
+
+    Maps features (N, channels, h, w) to logits (N, classes, h, w).
+    """
     def __init__(self,
-        channels,    # of the features
-        classes,     # with background
-        width=512,   # of what lies between
-        dilation=12, # of the 3x3 convolution
-        norm=True,   # batch normalisation
+        channels: int,  # of the features
+        classes: int,  # with background
+        width: int = 512,  # channels of the hidden maps
+        dilation: int = 12,  # of the 3x3 convolution
+        norm: bool = True,  # batch normalisation
     ):
-        super().__init__(_conv(channels, width, dilation, norm), _conv(width, width, norm=norm), nn.Dropout(.5), nn.Conv2d(width, classes, 1))
+        super().__init__(_conv(channels, width, dilation, norm), _conv(width, width, norm=norm),
+                         nn.Dropout(.5), nn.Conv2d(width, classes, 1))
         _kaiming(self)
 
 # %% ../nbs/36_deeplab.ipynb #b035ab58
-def _pyramid(dilation): return [max(1, dilation*k//2) for k in (1, 2, 3, 4)]
+def _pyramid(dilation):
+    return [max(1, dilation*k//2) for k in (1, 2, 3, 4)]
 
+# %% ../nbs/36_deeplab.ipynb #10b0e040
 class ASPP(nn.Module):
-    "Head of DeepLab v2, the sum of four dilated convolutions: features (N, channels, h, w) -> logits (N, classes, h, w)."
+    """The head of DeepLab v2, the sum of four dilated convolutions.
+
+    Maps features (N, channels, h, w) to logits (N, classes, h, w).
+    """
     def __init__(self,
-        channels,    # of the features
-        classes,     # with background
-        dilation=12, # of the second; the others have 1/2, 3/2 and 2 of it
+        channels: int,  # of the features
+        classes: int,  # with background
+        dilation: int = 12,  # of the second; the others have 1/2, 3/2 and 2 of it
     ):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Conv2d(channels, classes, 3, padding=d, dilation=d) for d in _pyramid(dilation))
+        self.branches = nn.ModuleList(nn.Conv2d(channels, classes, 3, padding=d, dilation=d)
+                                      for d in _pyramid(dilation))
         for b in self.branches:
             nn.init.normal_(b.weight, std=.01)
             nn.init.zeros_(b.bias)
 
-    def forward(self, x): return sum(b(x) for b in self.branches)
+    def forward(self, x: Tensor) -> Tensor:
+        "Sum the branches."
+        return sum(b(x) for b in self.branches)
 
 # %% ../nbs/36_deeplab.ipynb #c28b1b26
 class ConcatASPP(nn.Module):
-    "The authors' ASPP, four dilated convolutions and the mean of the map, mixed: features (N, channels, h, w) -> logits (N, classes, h, w)."
+    """The authors' ASPP, four dilated convolutions and the mean of the map, mixed.
+
+    Maps features (N, channels, h, w) to logits (N, classes, h, w).
+    """
     def __init__(self,
-        channels,    # of the features
-        classes,     # with background
-        width=256,   # of each branch
-        dilation=12, # of the second; the others have 1/2, 3/2 and 2 of it
-        norm=True,   # batch normalisation; a batch in training then needs more than one image
+        channels: int,  # of the features
+        classes: int,  # with background
+        width: int = 256,  # of each branch
+        dilation: int = 12,  # of the second; the others have 1/2, 3/2 and 2 of it
+        norm: bool = True,  # batch normalisation; training then needs more than one image a batch
     ):
         super().__init__()
         self.branches = nn.ModuleList(_conv(channels, width, d, norm) for d in _pyramid(dilation))
         self.pooled = _conv(channels, width, norm=norm)
-        self.mix = nn.Sequential(_conv(5*width, width, norm=norm), nn.Dropout(.5), nn.Conv2d(width, classes, 1))
+        self.mix = nn.Sequential(_conv(5*width, width, norm=norm), nn.Dropout(.5),
+                                 nn.Conv2d(width, classes, 1))
         _kaiming(self)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        "Concatenate the branches and the mean of the map, and mix them."
         pooled = self.pooled(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
         return self.mix(torch.cat([*(b(x) for b in self.branches), pooled], 1))
 
 # %% ../nbs/36_deeplab.ipynb #93d9e6d1
 class DeepLab(nn.Module):
-    "Backbone and head: image (N, 3, H, W) -> logits (N, classes, h, w) at the output stride; with `msc`, in training, a list of such. Raises `ValueError`."
+    """Backbone and head: image (N, 3, H, W) to logits (N, classes, h, w) at the output stride.
+
+    With `msc`, in training, a list of logits. Raises `ValueError` for an unknown `batchnorm`.
+    """
     def __init__(self,
-        backbone,           # see `ppc.backbones`
-        head,               # features (N, channels[-1], h, w) -> logits
-        batchnorm='frozen', # of the backbone: 'frozen', or 'batch' with statistics of the batch, where all but its scales and shifts learns
-        momentum=.1,        # of running statistics, the head's too
-        msc=(),            # factors of the further sizes
+        backbone: nn.Module,  # see `ppc.backbones`
+        head: nn.Module,  # features (N, channels[-1], h, w) -> logits
+        batchnorm: str = 'frozen',  # of the backbone: 'frozen', or 'batch': the batch's statistics
+        momentum: float = .1,  # of running statistics, the head's too
+        msc: Sequence[float] = (),  # factors of the further sizes
     ):
         super().__init__()
         if batchnorm not in ('frozen', 'batch'):
             raise ValueError(f"batchnorm is {batchnorm!r}: choose from 'frozen', 'batch'.")
-        self.backbone, self.head, self.batchnorm, self.msc = backbone, head, batchnorm, msc
-        for m in self.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.momentum = momentum
+        self.backbone, self.head = backbone, head
+        self.batchnorm, self.msc = batchnorm, msc
+        for m in _batchnorms(self):
+            m.momentum = momentum
         self.train()
 
-    def forward(self, image):
-        sizes = [[max(1, math.trunc(s*n)) for n in image.shape[-2:]] for s in self.msc]
-        maps = [self.head(self.backbone(x)[-1]) for x in (image, *(resize(image, size) for size in sizes))]
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        "Return the logits; the largest over all sizes, preceded in training by those of each size."
+        images = [image, *(resize(image, _scaled_size(image, s)) for s in self.msc)]
+        maps = [self.head(self.backbone(x)[-1]) for x in images]
         if not self.msc:
             return maps[0]
-        best = torch.stack([maps[0], *(resize(m, maps[0].shape[-2:]) for m in maps[1:])]).amax(0)
+        best = torch.stack([resize(m, maps[0].shape[-2:]) for m in maps]).amax(0)
         return [*maps, best] if self.training else best
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'DeepLab':
+        "Set the mode; 'batch' trains the whole backbone, but never scales and shifts."
         super().train(mode)
         if self.batchnorm == 'batch':
             self.backbone.requires_grad_(True)
         freeze_batchnorm(self.backbone)
-        for m in self.backbone.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.train(mode and self.batchnorm == 'batch')
+        for m in _batchnorms(self.backbone):
+            m.train(mode and self.batchnorm == 'batch')
         return self
+
+# %% ../nbs/36_deeplab.ipynb #06e06e93
+def _scaled_size(image, factor):
+    return [max(1, math.trunc(factor*n)) for n in image.shape[-2:]]
+
+def _batchnorms(module):
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 # %% ../nbs/36_deeplab.ipynb #68a55bca
 def segmentation_loss(
-    logits,    # (N, classes, h, w), or a list of such, whose losses are summed
-    mask,      # (N, H, W) class numbers, 255 = unknown
-    full=True, # at the mask's size; otherwise at the logits'
-):             # scalar
-    "Cross entropy over the known pixels; zero where there are none."
+    logits: Tensor | Sequence[Tensor],  # (N, classes, h, w), or several, whose losses are summed
+    mask: Tensor,  # (N, H, W) class numbers, 255 = unknown
+    full: bool = True,  # at the mask's size; otherwise at the logits'
+) -> Tensor:  # scalar
+    "Compute the cross entropy over the known pixels; zero where there are none."
     if not torch.is_tensor(logits):
-        return sum(segmentation_loss(l, mask, full) for l in logits)
+        return sum(segmentation_loss(one, mask, full) for one in logits)
     if full:
         logits = resize(logits.float(), mask.shape[-2:])
     else:
@@ -156,16 +196,21 @@ def segmentation_loss(
     return loss/(mask != 255).sum().clamp(min=1)
 
 # %% ../nbs/36_deeplab.ipynb #d22f3eea
+_HEADS = {'largefov': LargeFOV, 'aspp': ASPP, 'aspp-concat': ConcatASPP}
+
 @dataclass(frozen=True)
 class Recipe:
-    "How a network is built, trained and tested. The defaults are the authors'. Raises `ValueError`."
+    """How a network is built, trained and tested. The defaults are the authors'.
+
+    Raises `ValueError` for an unknown head or batchnorm.
+    """
     head: str = 'largefov'      # 'largefov', 'aspp' (v2's sum) or 'aspp-concat' (the authors')
     width: int = 512            # of the head; 'aspp' has none
     dilation: int = 12          # of the head at output stride 8; at 16 it is halved
     norm: bool = True           # batch normalisation in the head; 'aspp' has none
     batchnorm: str = 'batch'    # of the backbone: 'frozen' or 'batch'
     bn_momentum: float = 3e-4   # of running statistics
-    msc: tuple = ()             # further sizes that the network sees of every image, as factors
+    msc: tuple[float, ...] = () # further sizes that the network sees of every image, as factors
     full: bool = True           # loss at the image's size; otherwise at the logits'
     optimizer: str = 'SGD'      # any class of torch.optim
     lr: float = 1e-3            # learning rate of the backbone
@@ -174,147 +219,203 @@ class Recipe:
     bias_decay: bool = True     # the head's biases decay too
     weight_decay: float = 5e-4  # of the optimiser
     momentum: float = 0.9       # of SGD
-    epochs: float = 18.9        # how often each image is seen: on VOC's 10,582 the authors' 20,000 steps
+    epochs: float = 18.9        # passes over the images: on VOC's 10,582 the authors' 20,000 steps
     batch_size: int = 10        # images per step
-    resize: tuple = (.5, 1.5)   # factor on the image's size, from..to
+    resize: tuple[float, float] = (.5, 1.5)   # factor on the image's size, from..to
     crop: int = 448             # side of what the network sees, in pixels
-    jitter: tuple = (10/255, 0, 10/255, 10/180) # of brightness, contrast, saturation, hue; the authors' is ±10 in 8-bit HSV
-    scales: tuple = (.5, .75, 1, 1.25, 1.5, 1.75) # of the image at test time; each also mirrored
-    pairwise: Pairwise = CRF_PRESETS['ssc'] # of the CRF at test time; None: no CRF
+    # of brightness, contrast, saturation, hue; the authors' is ±10 in 8-bit HSV
+    jitter: tuple[float, float, float, float] = (10/255, 0, 10/255, 10/180)
+    scales: tuple[float, ...] = (.5, .75, 1, 1.25, 1.5, 1.75) # at test time; each also mirrored
+    pairwise: Pairwise | None = CRF_SSC       # of the CRF at test time; None: no CRF
 
     def __post_init__(self):
-        for name, choices in dict(head=('largefov', 'aspp', 'aspp-concat'), batchnorm=('frozen', 'batch')).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name} is {getattr(self, name)!r}: choose from {", ".join(choices)}.')
+        choices = dict(head=tuple(_HEADS), batchnorm=('frozen', 'batch'))
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f'{name} is {value!r}: choose from {", ".join(known)}.')
 
 # %% ../nbs/36_deeplab.ipynb #fcc60c81
 RECIPE_SSC = Recipe()
 RECIPE_SSC_ASPP = replace(RECIPE_SSC, head='aspp-concat', width=256)
-RECIPE_DLP = Recipe(head='aspp', norm=False, batchnorm='frozen', msc=(.5, .75), full=False, lr=2.5e-4, bias_decay=False, crop=321, jitter=(0, 0, 0, 0),
-             scales=(1,), pairwise=CRF_PRESETS['dlp'])
-RECIPE_R38 = replace(RECIPE_SSC, msc=(.5, .75), lr=8e-4, epochs=11.34, batch_size=6, resize=(.5, 2), crop=512, jitter=(15/255, 0, 15/255, 15/180))
-RECIPE_SMALL = Recipe(width=128, dilation=4, batchnorm='frozen', bn_momentum=.1, optimizer='AdamW', bias_lr=10, epochs=1, batch_size=8, resize=(.875, 1.25),
-               crop=128, jitter=(.3, .3, .3, .1), scales=(1,), pairwise=None)
-RECIPES = {'small': RECIPE_SMALL, 'ssc': RECIPE_SSC, 'ssc-aspp': RECIPE_SSC_ASPP, 'dlp': RECIPE_DLP, 'r38': RECIPE_R38}
+RECIPE_DLP = Recipe(
+    head='aspp', norm=False, batchnorm='frozen', msc=(.5, .75), full=False, lr=2.5e-4,
+    bias_decay=False, crop=321, jitter=(0, 0, 0, 0), scales=(1,), pairwise=CRF_DLP)
+RECIPE_R38 = replace(
+    RECIPE_SSC, msc=(.5, .75), lr=8e-4, epochs=11.34, batch_size=6, resize=(.5, 2), crop=512,
+    jitter=(15/255, 0, 15/255, 15/180))
+RECIPE_SMALL = Recipe(
+    width=128, dilation=4, batchnorm='frozen', bn_momentum=.1, optimizer='AdamW', bias_lr=10,
+    epochs=1, batch_size=8, resize=(.875, 1.25), crop=128, jitter=(.3, .3, .3, .1), scales=(1,),
+    pairwise=None)
+
+# %% ../nbs/36_deeplab.ipynb #1a8ab274
+RECIPES = {
+    'small': RECIPE_SMALL,
+    'ssc': RECIPE_SSC,
+    'ssc-aspp': RECIPE_SSC_ASPP,
+    'dlp': RECIPE_DLP,
+    'r38': RECIPE_R38,
+}
 
 # %% ../nbs/36_deeplab.ipynb #c29a5148
 def deeplab(
-    backbone,   # see `ppc.backbones`
-    classes,    # with background
-    recipe=RECIPE_SSC, # `Recipe`
-):              # `DeepLab`
-    "The network of a recipe."
-    r, channels, d = recipe, backbone.channels[-1], max(1, recipe.dilation*8//backbone.stride)
-    if r.head == 'aspp':
-        head = ASPP(channels, classes, d)
-    else:
-        head = {'largefov': LargeFOV, 'aspp-concat': ConcatASPP}[r.head](channels, classes, r.width, d, r.norm)
-    return DeepLab(backbone, head, r.batchnorm, r.bn_momentum, r.msc)
+    backbone: nn.Module,  # see `ppc.backbones`
+    classes: int,  # with background
+    recipe: Recipe = RECIPE_SSC,
+) -> DeepLab:
+    "Build the network of a recipe."
+    dilation = max(1, recipe.dilation*8//backbone.stride)
+    head = _make_head(recipe, backbone.channels[-1], classes, dilation)
+    return DeepLab(backbone, head, recipe.batchnorm, recipe.bn_momentum, recipe.msc)
+
+# %% ../nbs/36_deeplab.ipynb #b5990f75
+def _make_head(recipe, channels, classes, dilation):
+    if recipe.head == 'aspp':
+        return ASPP(channels, classes, dilation)
+    return _HEADS[recipe.head](channels, classes, recipe.width, dilation, recipe.norm)
 
 # %% ../nbs/36_deeplab.ipynb #ecbc3c12
 def recipe_groups(
-    model,  # `DeepLab`
-    recipe, # `Recipe`
-):          # for any class of torch.optim
-    "Three groups with their rates and decays: backbone, the head's weights, the head's biases; frozen parameters are left out."
+    model: DeepLab,
+    recipe: Recipe,
+) -> list[dict]:  # for any class of torch.optim
+    """Make three groups with their rates and decays: backbone, the head's weights, its biases.
+
+    Frozen parameters of the backbone are left out.
+    """
     r, head = recipe, list(model.head.named_parameters())
-    weights, biases = ([p for name, p in head if name.endswith('bias') == b] for b in (False, True))
-    return [dict(params=[p for p in model.backbone.parameters() if p.requires_grad], lr=r.lr, weight_decay=r.weight_decay),
+    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    weights = [p for name, p in head if not name.endswith('bias')]
+    biases = [p for name, p in head if name.endswith('bias')]
+    bias_decay = r.weight_decay if r.bias_decay else 0.
+    return [dict(params=backbone, lr=r.lr, weight_decay=r.weight_decay),
             dict(params=weights, lr=r.lr*r.head_lr, weight_decay=r.weight_decay),
-            dict(params=biases, lr=r.lr*r.bias_lr, weight_decay=r.weight_decay*r.bias_decay)]
+            dict(params=biases, lr=r.lr*r.bias_lr, weight_decay=bias_decay)]
 
 # %% ../nbs/36_deeplab.ipynb #bd1bfd9b
 def train_deeplab(
-    model,      # `DeepLab`
-    folder,     # `TagFolder`
-    masks,      # folder of <id>.png to learn from
-    out,        # folder for what `fit` writes
-    recipe=RECIPE_SSC, # `Recipe`
-    seed=0,     # of everything that is random
-    **how,      # for `fit`: workers, precision, device, label
-):              # seconds
-    "Train by the recipe; continues where an earlier call left off. Raises what `fit` raises."
-    r = recipe
-    optimizer = make_optimizer(r.optimizer, recipe_groups(model, r), r.momentum)
-    views = TrainingViews(folder, augmentation(r.resize, r.crop, r.jitter, relative=True), seed, masks=masks)
-    losses = lambda model, batch: {'ce': segmentation_loss(model(batch['image']), batch['mask'], r.full)}
-    return fit(model, losses, views, optimizer, out, r.epochs, r.batch_size, seed, **how)
+    model: DeepLab,
+    folder: TagFolder,
+    masks: Path | str,  # folder of <id>.png to learn from
+    out: Path | str,  # folder for what `fit` writes
+    recipe: Recipe = RECIPE_SSC,
+    seed: int = 0,  # of everything that is random
+    **fit_options,  # of `fit`: workers, precision, device, label
+) -> float:  # seconds
+    "Train by the recipe; continues where an earlier call stopped. Raises what `fit` raises."
+    def losses(model, batch):
+        return {'ce': segmentation_loss(model(batch['image']), batch['mask'], recipe.full)}
+
+    optimizer = make_optimizer(recipe.optimizer, recipe_groups(model, recipe), recipe.momentum)
+    transform = augmentation(recipe.resize, recipe.crop, recipe.jitter, relative=True)
+    views = TrainingViews(folder, transform, seed, masks=masks)
+    return fit(model, losses, views, optimizer, out, recipe.epochs, recipe.batch_size, seed,
+               **fit_options)
 
 # %% ../nbs/36_deeplab.ipynb #d7c79ca8
 def predict(
-    logits,       # (classes, H, W)
-    image,        # (H, W, 3) uint8
-    pairwise=None,# `Pairwise` of a CRF; None: no CRF
-):                # (H, W) uint8
-    "The best class of each pixel, after a CRF if wanted."
+    logits: Tensor,  # (classes, H, W)
+    image: np.ndarray,  # (H, W, 3) uint8
+    pairwise: Pairwise | None = None,  # of a CRF; None: no CRF
+) -> np.ndarray:  # (H, W) uint8
+    "Choose the best class of each pixel, after a CRF if wanted."
     if pairwise is None:
         return logits.argmax(0).byte().cpu().numpy()
-    return crf_scores(image, logits.softmax(0).cpu().numpy(), pairwise).argmax(0).astype(np.uint8)
+    scores = crf_scores(image, logits.softmax(0).cpu().numpy(), pairwise)
+    return scores.argmax(0).astype(np.uint8)
 
 # %% ../nbs/36_deeplab.ipynb #dd9aa5ed
 def write_predictions(
-    model,        # `DeepLab`
-    folder,       # `TagFolder`
-    out,          # folder for <id>.png
-    scales=RECIPE_SSC.scales,
-    batch_size=8,
-    label='predictions', # in front of the progress bar
-    pairwise=None,# `Pairwise` of a CRF; None: no CRF
+    model: DeepLab,
+    folder: TagFolder,
+    out: Path | str,  # folder for <id>.png
+    scales: Sequence[float] = RECIPE_SSC.scales,
+    batch_size: int = 8,
+    label: str = 'predictions',  # in front of the progress bar
+    pairwise: Pairwise | None = None,  # of a CRF; None: no CRF
 ):
-    "Write the predicted mask of every image of a split; what is there already is skipped."
-    device, out = next(model.parameters()).device, Path(out)
-    todo = [i for i in range(len(folder)) if not (out/f'{folder.ids[i]}.png').exists()]
+    "Write the predicted mask of every image of a split; existing masks are kept."
+    device = next(model.parameters()).device
+    files = [Path(out)/f'{i}.png' for i in folder.ids]
+    todo = [n for n, file in enumerate(files) if not file.exists()]
     model.eval()
     with tqdm(total=len(folder), initial=len(folder) - len(todo), desc=label) as bar:
         for group in group_by_size(folder, todo, batch_size):
-            pictures = [folder.image(i) for i in group]
-            logits = multi_scale_maps(model, torch.stack([normalise(p) for p in pictures]).to(device), scales)
-            for i, p, l in zip(group, pictures, logits):
-                write_mask(out/f'{folder.ids[i]}.png', predict(l, np.asarray(p), pairwise))
+            images = [folder.image(n) for n in group]
+            batch = torch.stack([normalise(image) for image in images]).to(device)
+            for n, image, m in zip(group, images, multi_scale_maps(model, batch, scales)):
+                write_mask(files[n], predict(m, np.asarray(image), pairwise))
                 bar.update()
 
 # %% ../nbs/36_deeplab.ipynb #7a9cf3cb
-def _voc_folder(year, competition): return f'results/VOC{year}/Segmentation/{competition}_test_cls'
-
 def voc_archive(
-    masks,     # folder of <id>.png, as from `write_predictions`
-    ids,       # of the test set
-    path,      # .tar.gz or .tgz to write
-    year=2012,
-    competition='comp5', # learned from VOC alone; 'comp6': from other data too
+    masks: Path | str,  # folder of <id>.png, as from `write_predictions`
+    ids: Iterable[str],  # of the test set
+    path: Path | str,  # .tar.gz or .tgz to write
+    year: int = 2012,
+    competition: str = 'comp5',  # learned from VOC alone; 'comp6': from other data too
 ):
-    "Pack predictions for the evaluation server. Raises `DataError` for a missing mask, `ValueError` for another ending."
+    """Pack predictions for the evaluation server.
+
+    Raises `DataError` for a missing mask, `ValueError` for another ending.
+    """
     if not str(path).endswith(('.tar.gz', '.tgz')):
         raise ValueError(f'{path} should end in .tar.gz or .tgz.')
-    ids = sorted(ids)
-    missing = [i for i in ids if not (Path(masks)/f'{i}.png').is_file()]
+    where = _voc_folder(year, competition)
+    files = [(f'{where}/{i}.png', Path(masks)/f'{i}.png') for i in sorted(ids)]
+    missing = [file for _, file in files if not file.is_file()]
     if missing:
-        raise DataError(f'{Path(masks)/missing[0]}.png is missing, and {len(missing) - 1} more: predict the whole split first.')
-    with atomic(path) as part, open(part, 'wb') as f, gzip.GzipFile('', 'wb', fileobj=f, mtime=0) as z, tarfile.open(fileobj=z, mode='w') as tar:
-        for i in ids:
-            data, entry = (Path(masks)/f'{i}.png').read_bytes(), tarfile.TarInfo(f'{_voc_folder(year, competition)}/{i}.png')
+        raise DataError(f'{missing[0]} is missing, and {len(missing) - 1} more: '
+                        'predict the whole split first.')
+    with atomic(path) as part:
+        _write_archive(part, files)
+
+# %% ../nbs/36_deeplab.ipynb #6bd4dfe4
+def _voc_folder(year, competition):
+    return f'results/VOC{year}/Segmentation/{competition}_test_cls'
+
+def _write_archive(path, files):  # pairs (name in the archive, file)
+    with (open(path, 'wb') as f,
+          gzip.GzipFile('', 'wb', fileobj=f, mtime=0) as z,   # no name and no time: equal bytes
+          tarfile.open(fileobj=z, mode='w') as tar):
+        for name, file in files:
+            data = file.read_bytes()
+            entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
 
 # %% ../nbs/36_deeplab.ipynb #2c170570
 def check_archive(
-    path,      # .tar.gz or .tgz
-    folder,    # `TagFolder` of the test set
-    year=2012,
-    competition='comp5',
+    path: Path | str,  # .tar.gz or .tgz
+    folder: TagFolder,  # of the test set
+    year: int = 2012,
+    competition: str = 'comp5',
 ):
-    "The archive holds one mask of each image and nothing else, in its size, in VOC's colours, of known classes. Raises `DataError`."
+    """Check that the archive holds one mask of each image and nothing else.
+
+    In the size of the image, in VOC's colours, of known classes. Raises `DataError` otherwise.
+    """
     where = _voc_folder(year, competition)
     sizes = {f'{where}/{name}.png': folder.image(i).size for i, name in enumerate(folder.ids)}
     left = dict(sizes)
-    for name, data in _members(path, limit=sum(w*h + 2**14 for w, h in sizes.values()) + 2**14):
-        if name not in left:
-            raise DataError(f'{path} holds {name!r}, ' + ('and once more.' if name in sizes else f'which is no mask of {folder.split!r}.'))
-        _check_prediction(f'{name} in {path}', data, left.pop(name), len(folder.classes))
+    for name, data in _members(path, _size_limit(sizes.values())):
+        if name in left:
+            _check_prediction(f'{name} in {path}', data, left.pop(name), len(folder.classes))
+        elif name in sizes:
+            raise DataError(f'{path} holds {name!r}, and once more.')
+        else:
+            raise DataError(f'{path} holds {name!r}, which is no mask of {folder.split!r}.')
     if left:
-        raise DataError(f'{path} lacks {next(iter(left))}, and {len(left) - 1} more: predict the whole split.')
+        raise DataError(f'{path} lacks {next(iter(left))}, and {len(left) - 1} more: '
+                        'predict the whole split.')
 
 # %% ../nbs/36_deeplab.ipynb #7440613f
+def _size_limit(sizes, overhead=2**14):
+    "Bytes of an archive of masks: at most a byte a pixel, and so much for each and for its end."
+    return sum(w*h + overhead for w, h in sizes) + overhead
+
+# %% ../nbs/36_deeplab.ipynb #7d04a6ef
 def _members(path, limit):
     "Names and bytes of an archive's files, read in memory, at most so many bytes in all."
     try:
@@ -331,19 +432,28 @@ def _members(path, limit):
     except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as e:
         raise DataError(f'{path} is no archive of these masks ({e}): build it again.') from None
 
-def _check_prediction(where, data, size, classes):
+# %% ../nbs/36_deeplab.ipynb #889b48d4
+def _read_prediction(where, data, size):
+    "Its size, and mask and palette if size and mode are right: nothing else is decoded."
     try:
         with Image.open(io.BytesIO(data), formats=['PNG']) as im:
-            found, mode = im.size, im.mode
-            mask, palette = (np.array(im), np.reshape(im.getpalette(), (-1, 3))) if (found, mode) == (size, 'P') else (None, None)
+            if im.size != size or im.mode != 'P':
+                return im.size, None, None
+            return im.size, np.array(im), np.reshape(im.getpalette(), (-1, 3))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f'{where} cannot be read as a PNG ({e}).') from None
+
+# %% ../nbs/36_deeplab.ipynb #2454fd7a
+def _check_prediction(where, data, size, classes):
+    found, mask, palette = _read_prediction(where, data, size)
     if found != size:
-        raise DataError(f'{where} is {found[0]}x{found[1]} but its image is {size[0]}x{size[1]}: they must agree.')
-    if mode != 'P' or not np.array_equal(palette, voc_palette(len(palette))):
+        raise DataError(f'{where} is {found[0]}x{found[1]} but its image is {size[0]}x{size[1]}: '
+                        'they must agree.')
+    if mask is None or not np.array_equal(palette, voc_palette(len(palette))):
         raise DataError(f"{where} has not VOC's palette: write it with `write_mask`.")
     if mask.max() >= classes:
-        raise DataError(f'{where} has the value {mask.max()}: the server takes 0..{classes-1} and nothing else.')
+        raise DataError(f'{where} has the value {mask.max()}: '
+                        f'the server takes 0..{classes-1} and nothing else.')
 
 # %% ../nbs/36_deeplab.ipynb #f0c5bec4
 class _Exported(nn.Module):
@@ -356,30 +466,45 @@ class _Exported(nn.Module):
 
     def forward(self, image):
         logits = self.model((image/255 - self.mean)/self.std)
-        return F.interpolate(logits, image.shape[-2:], mode='bilinear', align_corners=True)   # `resize` asks for sizes that are not known yet
+        # not `resize`: it compares sizes, which are unknown while exporting
+        return F.interpolate(logits, image.shape[-2:], mode='bilinear', align_corners=True)
 
+# %% ../nbs/36_deeplab.ipynb #bfe612de
 def export(
-    model, # `DeepLab`, left as it is
-    path,  # .onnx or .pt2 (`torch.export`) to write
+    model: DeepLab,  # is not changed
+    path: Path | str,  # .onnx or .pt2 (`torch.export`) to write
 ):
-    "Write a network that takes `image` (N, 3, H, W) uint8 RGB of any size and gives `logits` (N, classes, H, W). Raises `ValueError`, `ImportError`."
+    """Write a network from `image` (N, 3, H, W) uint8 RGB of any size to `logits` at its size.
+
+    Raises `ValueError` for another ending, `ImportError` where .onnx lacks its packages.
+    """
     kind = Path(path).suffix
     if kind not in ('.onnx', '.pt2'):
         raise ValueError(f'{path} should end in .onnx or .pt2.')
     if kind == '.onnx':
         _need_onnx()
-    example, free = torch.zeros(2, 3, 72, 88, dtype=torch.uint8), torch.export.Dim.DYNAMIC
-    with torch.no_grad():
-        program = torch.export.export(_Exported(model), (example,), dynamic_shapes={'image': {0: free, 2: free, 3: free}})
+    program = _export_program(model)
     with atomic(path) as part:
         if kind == '.pt2':
             torch.export.save(program, part)
         else:
-            torch.onnx.export(program, input_names=['image'], output_names=['logits'], verbose=False).save(part, external_data=False)
+            onnx = torch.onnx.export(program, input_names=['image'], output_names=['logits'],
+                                     verbose=False)
+            onnx.save(part, external_data=False)
 
+# %% ../nbs/36_deeplab.ipynb #abfcb55c
+def _export_program(model):
+    "The program of a network, for any number of images and any size."
+    example, free = torch.zeros(2, 3, 72, 88, dtype=torch.uint8), torch.export.Dim.DYNAMIC
+    shapes = {'image': {0: free, 2: free, 3: free}}
+    with torch.no_grad():
+        return torch.export.export(_Exported(model), (example,), dynamic_shapes=shapes)
+
+# %% ../nbs/36_deeplab.ipynb #6f33868f
 def _need_onnx():
     try:
-        import onnx
-        import onnxscript
+        import_module('onnx')
+        import_module('onnxscript')
     except ImportError as e:
-        raise ImportError(f'{e.name} is not installed, and .onnx needs it: pip install onnx onnxscript, or export a .pt2.') from None
+        raise ImportError(f'{e.name} is not installed, and .onnx needs it: '
+                          'pip install onnx onnxscript, or export a .pt2.') from None

@@ -9,60 +9,91 @@ __all__ = ['neighbours', 'transition', 'random_walk']
 import warnings
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 # %% ../nbs/33_walk.ipynb #acafab76
 def neighbours(
-    radius, # pixels nearer than this are neighbours
-):          # (K, 2) long, (dy, dx), in reading order
-    "The offsets from a pixel to its neighbours, one of each pair. Raises `ValueError` for a radius below 1."
+    radius: int,  # pixels nearer than this are neighbours
+) -> Tensor:  # (K, 2) long, (dy, dx), in reading order
+    """List the offsets from a pixel to its neighbours, one of each pair.
+
+    Raises `ValueError` for a radius below 1.
+    """
     if radius < 1:
         raise ValueError(f'radius is {radius}: it should be 1 or more.')
-    side = range(1 - radius, radius)
-    near = [(dy, dx) for dy in range(radius) for dx in side if (dy, dx) > (0, 0) and dy*dy + dx*dx < radius*radius]
+    near = [(dy, dx) for dy in range(radius) for dx in range(1 - radius, radius)
+            if (dy, dx) > (0, 0) and dy*dy + dx*dx < radius*radius]
     return torch.tensor(near, dtype=torch.long).view(-1, 2)
+
+# %% ../nbs/33_walk.ipynb #a1989640
+def _stencil(K, radius, device):
+    "Offsets dy, dx (2K+1,) int32 and the number of their affinity, K for the pixel itself."
+    half = neighbours(radius).to(device, torch.int32)
+    dy, dx = torch.cat([-half.flip(0), half.new_zeros(1, 2), half]).T
+    k = (torch.arange(-K, K + 1, dtype=torch.int32, device=device).abs() - 1) % (K + 1)
+    return dy, dx, k
+
+# %% ../nbs/33_walk.ipynb #2e91b9a0
+def _entries(shape, radius, device):
+    "For each pixel i and offset: whether it lies inside, its pixel j, the index of its affinity."
+    K, H, W = shape
+    dy, dx, k = _stencil(K, radius, device)
+    i = torch.arange(H*W, dtype=torch.int32, device=device)[:, None]
+    y, x = i//W + dy, i%W + dx
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    j = y*W + x
+    return inside, j, k*(H*W) + torch.minimum(i, j).clamp(min=0)   # stored at the earlier of i, j
 
 # %% ../nbs/33_walk.ipynb #c922c667
 def transition(
-    affinity, # (K, H, W) of pixel (y, x) and (y, x) + neighbours(radius)[k]; ignored where the latter lies outside
-    radius,   # of `neighbours`
-    beta,     # exponent: more is more cautious
-):            # sparse (H·W, H·W), rows sum to 1
-    "One step of the walk: row j holds what pixel j takes of each pixel."
-    K, H, W = affinity.shape
-    half = neighbours(radius).to(affinity.device, torch.int32)
-    dy, dx = torch.cat([-half.flip(0), half.new_zeros(1, 2), half]).T
-    k = (torch.arange(-K, K + 1, dtype=torch.int32, device=half.device).abs() - 1) % (K + 1)   # K stands for the pixel itself
-    i = torch.arange(H*W, dtype=torch.int32, device=half.device)[:, None]
-    y, x = i//W + dy, i%W + dx
-    inside, j = (y >= 0) & (y < H) & (x >= 0) & (x < W), y*W + x
+    affinity: Tensor,  # (K, H, W) of pixel (y, x) and the pixel at (y, x) + neighbours(radius)[k]
+    radius: int,  # of `neighbours`
+    beta: float,  # exponent: a higher one is more cautious
+) -> Tensor:  # sparse CSR (H·W, H·W), rows sum to 1
+    """Build one step of the walk: row j holds the weights with which pixel j reads each pixel.
+
+    Affinities to a pixel outside the image are ignored.
+    """
+    _, H, W = affinity.shape
+    inside, j, index = _entries(affinity.shape, radius, affinity.device)
     weights = torch.cat([affinity**beta, affinity.new_ones(1, H, W)]).flatten()
-    a = torch.where(inside, weights[k*(H*W) + torch.minimum(i, j).clamp(min=0)], 0)
-    rows = F.pad(inside.sum(1).cumsum(0), (1, 0)).int()
+    a = torch.where(inside, weights[index], 0)
+    values = (a/a.sum(1, keepdim=True))[inside]
+    starts = F.pad(inside.sum(1).cumsum(0), (1, 0)).int()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')   # sparse CSR tensors are in beta state, says torch
-        return torch.sparse_csr_tensor(rows, j[inside], (a/a.sum(1, keepdim=True))[inside], (H*W, H*W))
+        warnings.simplefilter('ignore')   # torch warns that sparse CSR tensors are in beta state
+        return torch.sparse_csr_tensor(starts, j[inside], values, (H*W, H*W))
 
 # %% ../nbs/33_walk.ipynb #138af326
 @torch.no_grad()
 def random_walk(
-    scores,   # (P, H, W) float32 or float64, of any P
-    affinity, # (K, H, W) in 0..1, see `transition`
-    radius,   # of `neighbours`
-    beta,     # exponent of the affinities
-    t,        # steps, 0 or more
-):            # (P, H, W)
-    "m T^t for each map m, never with a dense matrix. Raises `ValueError` for shapes that do not fit, and t below 0."
+    scores: Tensor,  # P maps (P, H, W), float32 or float64; P may be 0
+    affinity: Tensor,  # (K, H, W) in 0..1, see `transition`
+    radius: int,  # of `neighbours`
+    beta: float,  # exponent of the affinities
+    t: int,  # steps, 0 or more
+) -> Tensor:  # (P, H, W)
+    """Compute m T^t for each map m without a dense matrix.
+
+    Raises `ValueError` for shapes that do not fit, other dtypes, and t below 0 or not whole.
+    """
+    _check_walk(scores, affinity, radius, t)
+    if not scores.numel():
+        return scores.clone()
+    step = transition(affinity.to(scores.dtype), radius, beta)
+    m = scores.flatten(1).t().contiguous()
+    for _ in range(int(t)):
+        m = step @ m
+    return m.t().reshape(scores.shape)
+
+# %% ../nbs/33_walk.ipynb #1c050a55
+def _check_walk(scores, affinity, radius, t):
     K = len(neighbours(radius))
     if scores.ndim != 3 or affinity.shape != (K, *scores.shape[1:]):
-        raise ValueError(f'scores are {tuple(scores.shape)} and affinities {tuple(affinity.shape)}: '
+        raise ValueError(f'scores are {tuple(scores.shape)} and affinities '
+                         f'{tuple(affinity.shape)}: '
                          f'for radius {radius} they should be (P, H, W) and ({K}, H, W).')
     if scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'scores are {scores.dtype}: the walk needs float32 or float64.')
     if t < 0 or t != int(t):
         raise ValueError(f't is {t}: it should be a whole number of steps, 0 or more.')
-    if not scores.numel():
-        return scores.clone()
-    step, m = transition(affinity.to(scores.dtype), radius, beta), scores.flatten(1).t().contiguous()
-    for _ in range(int(t)):
-        m = step @ m
-    return m.t().reshape(scores.shape)
