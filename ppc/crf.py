@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
+from .cam import pseudo_labels, with_background
 from .data import TagFolder, read_image, write_mask
 from .inference import read_cam
 
@@ -338,10 +339,8 @@ def seed_mask(
     threshold: float,  # score of the background
 ) -> np.ndarray:  # (H, W) uint8
     "Take the argmax over [threshold, scores]; ties go to the background."
-    if not len(present):
-        return np.zeros(scores.shape[1:], dtype=np.uint8)
-    return np.where(scores.max(0) > np.float32(threshold),
-                    np.asarray(present)[scores.argmax(0)], 0).astype(np.uint8)
+    full = with_background(torch.as_tensor(scores), 'constant', threshold)
+    return np.array([0, *present], dtype=np.uint8)[pseudo_labels(full).numpy()]
 
 # %% ../nbs/32_crf.ipynb #cf0711b7
 def crf_cam(
@@ -358,8 +357,8 @@ def crf_cam(
     if not len(present):
         return np.zeros(scores.shape[1:], dtype=np.uint8)
     names = np.array([0, *present], dtype=np.uint8)
-    behind = (1 - scores.max(0, keepdims=True))**power
-    return names[crf_scores(image, np.concatenate([behind, scores]), pairwise).argmax(0)]
+    full = with_background(torch.as_tensor(scores), 'power', power).numpy()
+    return names[crf_scores(image, full, pairwise).argmax(0)]
 
 # %% ../nbs/32_crf.ipynb #69a2f9a2
 def _exit_with_parent():

@@ -14,13 +14,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 from tqdm import tqdm
-<<<<<<< HEAD
 from .cam import normalise_maps
-from .data import DataError, atomic, normalise
-=======
-from .cam import minmax_normalise
 from .data import DataError, TagFolder, atomic, normalise
->>>>>>> hC
 from .views import resize
 
 # %% ../nbs/31_inference.ipynb #8a62992d

@@ -81,7 +81,7 @@ class SeedConfig:
     crf_power: float = 0.0  # 0: CRF on seeds; else on CAMs, background (1 - max)^crf_power (EPS: 8)
     crf_iterations: int = 10  # steps of its mean field (EPS: 5)
 
-# %% ../nbs/28_parameters.ipynb #9d9b5c43
+# %% ../nbs/28_parameters.ipynb #d9b5c435
 @dataclass(frozen=True)
 class RefineConfig:
     "Stages affinity-labels, affinity and masks: pseudo masks from the best method (§4.3)."
@@ -92,7 +92,7 @@ class RefineConfig:
     refine_backbone: str = ''  # network that learns affinities, as for CAMs; '': the same one
     refine_weights: str = ''  # where it starts, as for CAMs; only together with refine_backbone
 
-# %% ../nbs/28_parameters.ipynb #47598c5b
+# %% ../nbs/28_parameters.ipynb #7598c5b8
 @dataclass(frozen=True)
 class SegmentConfig:
     "Stages segmenter, shown, segmentation and archive (§4.4)."
@@ -130,10 +130,15 @@ class Config:
         return {k: v for group in asdict(self).values() for k, v in group.items()}
 
     def replace(self, **parameters: Any) -> 'Config':
-        "The same with other values for some flat names."
-        return Config.from_flat(**{**self.flat(), **parameters})
+        "The same with other values for some flat names. Raises `ValueError` as `from_flat` does."
+        other = Config.from_flat(**parameters)
+        def group(name):
+            mine, its = getattr(self, name), getattr(other, name)
+            changed = {f.name for f in fields(mine)} & {*modern(parameters)}
+            return replace(mine, **{k: getattr(its, k) for k in changed})
+        return Config(**{f.name: group(f.name) for f in fields(self)})
 
-# %% ../nbs/28_parameters.ipynb #29c107b6
+# %% ../nbs/28_parameters.ipynb #9c107b60
 PARAMETERS = {f.name: f for group in fields(Config) for f in fields(group.default_factory)}
 _ACCEPTED = {float: (int, float), list: (list, tuple)}  # other types accept only themselves
 
@@ -147,12 +152,12 @@ def _check_parameter(name, value):
     if not fits or isinstance(value, bool) and kind is not bool:
         raise ValueError(f'{name} is {value!r}, it should be of type {kind.__name__}.')
 
-# %% ../nbs/28_parameters.ipynb #43ecf712
+# %% ../nbs/28_parameters.ipynb #3ecf7122
 RENAMED = {'lr_new': 'head_lr_mult'}
 RENAMED_VALUES = {('classifier', 'drawn'): 'random'}
 RENAMED_OPTIONS = {('negatives', 'drawn'): 'random'}  # in the parameter `options`
 
-# %% ../nbs/28_parameters.ipynb #66270a7e
+# %% ../nbs/28_parameters.ipynb #6270a7e0
 def modern(
     parameters: dict[str, Any],  # of a run, by flat name
     warn: Callable[[str], Any] | None = None,  # receives a sentence for each that was renamed
@@ -189,7 +194,7 @@ def preset(
         known = ', '.join(f.name for f in fields(presets[name]))
         raise ValueError(f'options of {what} are {options}: choose from {known}.') from None
 
-# %% ../nbs/28_parameters.ipynb #c1a670ef
+# %% ../nbs/28_parameters.ipynb #1a670efa
 _LINE = re.compile(r'^ +(\w+): (\w+) = (.*?)  # (.*)$', re.M)
 _FACTORY = re.compile(r'field\(default_factory=(?:lambda: )?(.*)\)')
 

@@ -319,7 +319,7 @@ def test_photographs_on_their_side(mine, tmp_path):
         assert read_mask(tmp_path/'run'/'masks'/f'{i}.png').shape == data.image(n).size[::-1]
 
 
-# --- from seeds to masks ---------------------------------------------------------------------------
+# --- from seeds to masks ----------------------------------------------------------------------
 
 SMALL = dict(batch_size=4, epochs=1, crop=64)
 LATER = shutil.ignore_patterns('masks', 'segment*', 'shown', '.lock')
@@ -499,7 +499,7 @@ def test_papermill_refuses_a_misspelt_parameter(wrong, words, tmp_path):
             progress_bar=False, kernel_name='python3')
 
 
-# --- the command -----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 def ppc(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
 
