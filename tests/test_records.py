@@ -4,11 +4,11 @@ import json
 import re
 from pathlib import Path
 import pytest
+from ppc.sweeps import run_name, runs
 
 RESULTS = Path(__file__).parent.parent/'runs'/'results'
-SINGLE_RUNS = 'demo', 'irn'   # a folder a run, `demo-seed0`, and no settings.json
-# no sweep made these: they have no settings.json
-BY_HAND = *SINGLE_RUNS, 'baselines', 'options', 'voc-animals'
+# no sweep made these: their settings were taken from their parameters
+BY_HAND = 'demo', 'irn', 'baselines', 'options', 'voc-animals'
 DIGESTS = {   # sweep -> number of runs, digest of their records
     'baselines': (3, '2ffbcdd919e1b70e96bd2b4391ae36c14641b340316d6b2dcac24c2ee60744d3'),
     'components': (63, 'e27b63a7acb645eca28f1a749f43941581c71a7ac6e03910e434f2b3cbb3ecb4'),
@@ -33,14 +33,10 @@ DIGESTS = {   # sweep -> number of runs, digest of their records
 }
 
 
-def read_folders(sweep):
-    "The records of a sweep as its runs left them: name -> what is in the files."
-    folders = RESULTS.glob(f'{sweep}-seed*' if sweep in SINGLE_RUNS else f'{sweep}/*')
-    found = {}
-    for folder in folders:
-        name = folder.name.removeprefix(f'{sweep}-') if sweep in SINGLE_RUNS else folder.name
-        found[name] = {f.stem: json.loads(f.read_text()) for f in folder.glob('*.json')}
-    return found
+def read_lines(sweep):
+    "The records of a sweep as they stand in its file: name -> settings and metrics."
+    lines = [json.loads(line) for line in (RESULTS/f'{sweep}.jsonl').read_text().splitlines()]
+    return {line.pop('name'): line for line in lines}
 
 
 def digest(records):
@@ -51,11 +47,37 @@ def digest(records):
 
 @pytest.mark.parametrize('sweep', DIGESTS)
 def test_history_is_kept_bit_for_bit(sweep):
-    records = read_folders(sweep)
-    assert all(('settings' in r) == (sweep not in BY_HAND) for r in records.values())
+    "The digests were computed from the files that the runs left, before they became one file."
+    records = read_lines(sweep)
+    if sweep in BY_HAND:
+        records = {name: {'metrics': r['metrics']} for name, r in records.items()}
     assert (len(records), digest(records)) == DIGESTS[sweep]
 
 
 def test_every_sweep_has_its_digest():
-    found = {re.sub('-seed[0-9]$', '', folder.name) for folder in RESULTS.iterdir()}
-    assert found == {*DIGESTS}
+    assert {f.stem for f in RESULTS.glob('*.jsonl')} == {*DIGESTS}
+
+
+@pytest.mark.parametrize('sweep', DIGESTS)
+def test_a_record_is_found_by_its_settings(sweep):
+    "Settings are those of the run's parameters, no two runs have the same, and lines are sorted."
+    records = read_lines(sweep)
+    assert [*records] == sorted(records)
+    assert len({run_name(r['settings']) for r in records.values()}) == len(records)
+    for r in records.values():
+        made = {**r['metrics']['parameters'], 'methods': [*r['metrics']['seed_miou']]}
+        assert all(made[k] == v for k, v in r['settings'].items())
+
+
+@pytest.mark.parametrize('sweep', DIGESTS)
+def test_folder_and_file_are_one_name(sweep):
+    found = runs(RESULTS/sweep)
+    assert found == runs(RESULTS/f'{sweep}.jsonl')
+    assert {r['name']: r['metrics']['seed_miou'] for r in found} == {
+        name: r['metrics']['seed_miou'] for name, r in read_lines(sweep).items()}
+
+
+def test_records_name_no_machine():
+    "No path from the root of somebody's machine, but parameters that a run can be given again."
+    for file in RESULTS.glob('*.jsonl'):
+        assert not re.search(r'"(/|\.\./|~)', file.read_text()), file
