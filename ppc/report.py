@@ -25,11 +25,10 @@ from markupsafe import Markup
 from PIL import Image
 from .data import DataError, TagFolder, atomic, read_mask
 from .inference import read_cam
-from .parameters import settings
-from .pipeline import SHOWN
+from .parameters import Config
 from .plots import colour_cam, colour_mask, loss_curves, threshold_curves
-from .stages import read_json
 from .training import read_log
+from .work import SHOWN, read_json
 
 # %% ../nbs/47_report.ipynb #b056ba94
 class Run(NamedTuple):
@@ -160,7 +159,7 @@ def settings_tables(
     run: Run,
 ) -> tuple[HtmlTable, HtmlTable]:
     "The settings that differ from the defaults, and the others."
-    usual = {k: v for part in settings().values() for k, v in asdict(part).items()}
+    usual = Config().flat()
     other = {k: v for k, v in run.parameters.items() if k not in usual or v != usual[k]}
     rest = [[k, format_value(v)] for k, v in run.parameters.items() if k not in other]
     changed = [[k, format_value(v), format_value(usual[k]) if k in usual else 'not known']

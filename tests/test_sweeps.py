@@ -1,4 +1,7 @@
-"Grids of runs: killed drivers, kernels and workers, runs that fail, drivers side by side, folders of something else; each run is counted once."
+"""Grids of runs: each run is counted once.
+
+With killed drivers, kernels and workers, failing runs, parallel drivers, foreign folders, records.
+"""
 import io
 import json
 import os
@@ -22,9 +25,9 @@ from hypothesis import strategies as st
 from ppc import sweeps
 from ppc.data import DataError
 from ppc.sweeps import (
-    check_folder,
     grid,
     local_engine,
+    read_records,
     read_values,
     run_name,
     run_one,
@@ -33,10 +36,12 @@ from ppc.sweeps import (
     sweep,
     sweep_state,
     time_left,
+    write_records,
 )
 
 BOOK = Path(__file__).parent.parent/'nbs'
-FRESH = get_context('forkserver')   # processes that can be killed, and have imported the package already
+# processes that can be killed, and have imported the package already
+FRESH = get_context('forkserver')
 FRESH.set_forkserver_preload(['ppc.sweeps'])
 
 PARAMETERS = """
@@ -47,10 +52,11 @@ lr: float = 1e-3
 options: dict = {}
 steps: int = 3
 block: str = ''   # fails as long as this file is there
-trouble: str = '' # once, after the second step: 'kill' the kernel, or 'hang' in a call that lets no other thread go on"""
+# once, after the second step: 'kill' the kernel, or 'hang' in a call that blocks all threads
+trouble: str = ''"""
 
-# As ppc.pipeline.run does: one lock, a checkpoint for each step, metrics.json last and in one step. It notes what it does,
-# and after its second step waits as long as there is a file wait-<k>.
+# As ppc.pipeline.run: one lock, a checkpoint for each step, metrics.json last and in one step.
+# It notes what it does, and after its second step waits as long as there is a file wait-<k>.
 WORK = """
 import ctypes, json, os, random, signal, time
 from pathlib import Path
@@ -58,72 +64,93 @@ from filelock import FileLock
 out = Path(out)
 
 def note(what):
-    with open(out/'log.txt', 'a') as f: f.write(f'{os.getpid()} {os.getppid()} {what}\\n')
+    with open(out/'log.txt', 'a') as f:
+        f.write(f'{os.getpid()} {os.getppid()} {what}\\n')
 
 def write(path, value):
     text = json.dumps(value)
     with open(out/'.part', 'w') as f:
-        f.write(text[:5]); f.flush()
+        f.write(text[:5])
+        f.flush()
         time.sleep(.05)
         f.write(text[5:])
     os.replace(out/'.part', path)
 
 with FileLock(out/'.lock', timeout=0):
     note(f'begin {os.getcwd()} {os.environ.get("OMP_NUM_THREADS")}')
-    if block and Path(block).exists(): raise ValueError('This is a long story.\\nThe file is in the way.')
-    found = json.loads((out/'checkpoint.json').read_text()) if (out/'checkpoint.json').exists() else []
+    if block and Path(block).exists():
+        raise ValueError('This is a long story.\\nThe file is in the way.')
+    checkpoint = out/'checkpoint.json'
+    found = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
     while len(found) < steps:
         note(f'step {len(found)}')
         found.append(random.Random(f'{k} {seed} {len(found)}').random())
-        write(out/'checkpoint.json', found)
-        if len(found) != 2: continue
+        write(checkpoint, found)
+        if len(found) != 2:
+            continue
         note('waits')
-        while Path(f'wait-{k}').exists(): time.sleep(.02)
-        if trouble == 'kill': os.kill(os.getpid(), signal.SIGKILL)
-        if trouble == 'hang': ctypes.PyDLL(None).sleep(4)
-    write(out/'metrics.json', {'miou': sum(found)/steps, 'seconds': time.time(), 'parameters': {'k': k, 'seed': seed, 'lr': lr, 'options': options, 'steps': steps}})"""
+        while Path(f'wait-{k}').exists():
+            time.sleep(.02)
+        if trouble == 'kill':
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trouble == 'hang':
+            ctypes.PyDLL(None).sleep(4)
+    parameters = {'k': k, 'seed': seed, 'lr': lr, 'options': options, 'steps': steps}
+    miou = sum(found)/steps
+    write(out/'metrics.json', {'miou': miou, 'seconds': time.time(), 'parameters': parameters})"""
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     "A notebook in the working directory that mimics a run."
-    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(WORK), nbformat.v4.new_code_cell("note('end')")]
+    cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, WORK, "note('end')")]
+    cells[0].metadata['tags'] = ['parameters']
     kernel = {'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'Python'}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path/'toy.ipynb')
+    book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(book, tmp_path/'toy.ipynb')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TQDM_DISABLE', '1')
     return 'toy.ipynb'
 
 
 def noted(folder, what):
-    "The words behind `what` in the notes of a run."
-    lines = (Path(folder)/'log.txt').read_text().splitlines() if (Path(folder)/'log.txt').exists() else []
+    "The words that follow `what` in the notes of a run."
+    log = Path(folder)/'log.txt'
+    lines = log.read_text().splitlines() if log.exists() else []
     return [line.split(what, 1)[1].strip() for line in lines if what in line]
 
 
 def pids(folder):
-    "The kernels of a run in the order of their notes: kernels that worked at the same time would alternate."
+    """The kernels of a run in the order of their notes.
+
+    Kernels that worked at the same time would alternate.
+    """
     found = [line.split()[0] for line in (Path(folder)/'log.txt').read_text().splitlines()]
     return [p for i, p in enumerate(found) if i == 0 or found[i - 1] != p]
 
 
-def until(true, seconds=60):
+def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end, 'waited too long'
         time.sleep(.02)
 
 
 def alive(pid):
+    "Whether a process exists and is no zombie."
     try:
-        return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z' if Path('/proc').exists() else not os.kill(int(pid), 0)
+        if Path('/proc').exists():
+            state = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0]
+            return state != 'Z'
+        os.kill(int(pid), 0)
+        return True
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
 @contextmanager
 def held(*ks):
-    "Runs with these k go no further than their second step."
+    "Stop runs with these k after their second step while the block runs."
     for k in ks:
         Path(f'wait-{k}').touch()
     try:
@@ -134,54 +161,74 @@ def held(*ks):
 
 
 def driver(*arguments, **parameters):
+    "A process that runs a sweep."
     process = FRESH.Process(target=sweep, args=arguments, kwargs=parameters, daemon=True)
     process.start()
     return process
 
 
-def plain(found):  # what two sweeps must have in common
-    return [(r['name'], r['settings'], {k: v for k, v in r['metrics'].items() if k != 'seconds'}) for r in found]
+def without_times(found):
+    "What two sweeps must have in common."
+    return [(r['name'], r['settings'], {k: v for k, v in r['metrics'].items() if k != 'seconds'})
+            for r in found]
 
 
-# --- names --------------------------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------
 
 TEXT = st.text('aA1,=/-. "é', max_size=3)
-VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT | st.lists(st.integers() | TEXT, max_size=2) | st.dictionaries(TEXT, st.integers(), max_size=2)
+NUMBERS = st.booleans() | st.integers() | st.floats(allow_nan=False)
+LISTS = st.lists(st.integers() | TEXT, max_size=2)
+DICTS = st.dictionaries(TEXT, st.integers(), max_size=2)
+VALUES = st.none() | NUMBERS | TEXT | LISTS | DICTS
 SETTINGS = st.dictionaries(st.sampled_from(['k', 'seed', 'options', 'data']), VALUES)
 
 
 @given(SETTINGS, SETTINGS)
-def test_a_name_is_a_file_name_and_nobody_elses(a, b):
+def test_a_name_is_a_file_name_of_one_run_alone(a, b):
     name = run_name(a)
     assert re.fullmatch(r'[A-Za-z0-9_.,=+-]{1,100}', name) and name[0] not in '.-'
     assert name == run_name(dict(reversed(a.items()))) == run_name(json.loads(json.dumps(a)))
-    same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)   # in Python 1 == 1.0 == True
-    assert (run_name(b) == name) == same
+    one, other = (json.dumps(x, sort_keys=True) for x in (a, b))   # in Python 1 == 1.0 == True
+    assert (run_name(b) == name) == (one == other)
 
 
 def test_a_grid_is_every_combination():
     found = grid(k=[0, 4, 8], seed=[0, 1], reading=['paper'])
-    assert len(found) == 6 and found[0] == dict(k=0, seed=0, reading='paper') and found[1] == dict(k=0, seed=1, reading='paper')
+    assert len(found) == 6
+    assert found[:2] == [dict(k=0, seed=seed, reading='paper') for seed in (0, 1)]
     assert grid() == [{}] and grid(k=[]) == []
 
 
 @pytest.mark.parametrize('item, value', [
-    ('k=0,4,8', [0, 4, 8]), ('seed=0', [0]), ('weights=', ['']), ('weights="",hub', ['', 'hub']), ('methods=[cam],[seam,seam+ppc]', [['cam'], ['seam', 'seam+ppc']]),
-    ('options={},{grid: 8}', [{}, {'grid': 8}]), ('options={},{"grid": 8}', [{}, {'grid': 8}]), ('data=runs/a=b', ['runs/a=b']), ('crf=true,false', [True, False])])
-def test_values_are_the_inside_of_a_list(item, value): assert read_values([item]) == {item.split('=')[0]: value}
+    ('k=0,4,8', [0, 4, 8]),
+    ('seed=0', [0]),
+    ('weights=', ['']),
+    ('weights="",hub', ['', 'hub']),
+    ('methods=[cam],[seam,seam+ppc]', [['cam'], ['seam', 'seam+ppc']]),
+    ('options={},{grid: 8}', [{}, {'grid': 8}]),
+    ('options={},{"grid": 8}', [{}, {'grid': 8}]),
+    ('data=runs/a=b', ['runs/a=b']),
+    ('crf=true,false', [True, False])])
+def test_values_are_the_inside_of_a_list(item, value):
+    assert read_values([item]) == {item.split('=')[0]: value}
 
 
 @pytest.mark.parametrize('item', ['k', 'k=[0', 'k=0]', 'k={'])
-def test_values_that_are_none(item):
+def test_what_is_no_value(item):
     with pytest.raises(ValueError, match=re.escape(f'-p {item}')):
         read_values([item])
 
 
-# --- before anything starts -----------------------------------------------------------------------------------------------------
+# --- before anything starts -------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings, common, words', [
-    (dict(kk=0), {}, "no parameter 'kk': did you mean 'k'"), ({}, dict(sed=0), "did you mean 'seed'"), (dict(colour='red'), {}, "no parameter 'colour'\\."),
-    (dict(lr='1e-3'), {}, 'lr is .1e-3., it should be of type float'), (dict(k=True), {}, 'k is True'), ({}, dict(options=[]), 'type dict'), (dict(out='x'), {}, 'only the sweep'),
+    (dict(kk=0), {}, "no parameter 'kk': did you mean 'k'"),
+    ({}, dict(sed=0), "did you mean 'seed'"),
+    (dict(colour='red'), {}, "no parameter 'colour'\\."),
+    (dict(lr='1e-3'), {}, 'lr is .1e-3., it should be of type float'),
+    (dict(k=True), {}, 'k is True'),
+    ({}, dict(options=[]), 'type dict'),
+    (dict(out='x'), {}, 'only the sweep'),
     ({}, dict(k=None), 'k is None')])
 def test_wrong_parameters_start_nothing(toy, settings, common, words, monkeypatch):
     monkeypatch.setattr(sweeps, 'run_one', None)
@@ -200,12 +247,13 @@ def test_a_notebook_without_out_is_no_run(toy):
 
 @pytest.mark.parametrize('file', ['settings.json', 'config.json', 'metrics.json'])
 def test_a_folder_of_something_else_is_refused(toy, file, monkeypatch):
-    "Whether it was told otherwise then, or is told otherwise now; and a damaged record is named."
+    "Whether the folder or the call has the other parameter; and a damaged record is named."
     monkeypatch.setattr(sweeps, 'run_one', None)
     folder = Path('runs/k=1')
     folder.mkdir(parents=True)
     made = {'k': 1, 'seed': 0, 'lr': 2e-3, 'steps': 3}
-    (folder/file).write_text(json.dumps({'parameters': made} if file == 'metrics.json' else made))
+    content = {'parameters': made} if file == 'metrics.json' else made
+    (folder/file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r'k=1 was made with lr = 0.002, now lr = 0.001'):
         sweep(toy, grid(k=[1]), 'runs')
     with pytest.raises(ValueError, match=r'seed = 0, now seed = 5'):
@@ -216,14 +264,26 @@ def test_a_folder_of_something_else_is_refused(toy, file, monkeypatch):
     assert [p.name for p in folder.iterdir()] == [file]
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------
+
+def copy_records(root, other):
+    "Copy the two files of each run that make its record."
+    def others(folder, names):
+        return [n for n in names if '=' not in n and n not in ('settings.json', 'metrics.json')]
+    shutil.copytree(root, other, ignore=others)
+
 
 def test_done_once_and_never_half_seen(toy):
-    "Somebody who looks all the time sees whole records only; what is done is not done again, and is recognised by two files."
+    """A run that is done is not done again; two files are enough to recognise it.
+
+    A reader that looks all the time sees whole records only.
+    """
     seen, stop = [], threading.Event()
+
     def look():
         while not stop.is_set():
             seen.append(len(runs('runs')))
+
     watcher = threading.Thread(target=look)
     watcher.start()
     settings = grid(k=[0, 8], options=[{}]) + [dict(k=0, options={})]
@@ -231,42 +291,58 @@ def test_done_once_and_never_half_seen(toy):
     stop.set()
     watcher.join()
     first, second = (run_name(s) for s in settings[:2])
-    assert outcomes == [(first, 'done'), (second, 'done')] and {0, 1} <= {*seen}
+    assert outcomes == [(first, 'done'), (second, 'done')]
+    assert {0, 1} <= {*seen}
     found = runs('runs')
-    assert [r['settings'] for r in found] == settings[:2] and found[0]['metrics']['parameters']['seed'] == 3
+    assert [r['settings'] for r in found] == settings[:2]
+    assert found[0]['metrics']['parameters']['seed'] == 3
     book = nbformat.read(f'runs/{first}/run.ipynb', 4)
-    assert book.cells[1].source.count("seed = 3") and not list(Path('runs').glob('*/*.part*')) and noted(f'runs/{first}', 'end')
+    assert book.cells[1].source.count('seed = 3') and noted(f'runs/{first}', 'end')
+    assert not list(Path('runs').glob('*/*.part*'))
 
     (Path('runs')/first/'.metrics.77.part.json').write_text('{"mi')
-    shutil.copytree('runs', 'copy', ignore=lambda d, names: [n for n in names if '=' not in n and n not in ('settings.json', 'metrics.json')])
+    copy_records('runs', 'copy')
     for root in ('runs', 'copy'):
-        assert sweep(toy, settings, root, seed=3) == outcomes and plain(runs(root)) == plain(found)
-    assert len(noted(f'runs/{first}', 'begin')) == 1 and not Path(f'copy/{first}/log.txt').exists()
+        assert sweep(toy, settings, root, seed=3) == outcomes
+        assert without_times(runs(root)) == without_times(found)
+    assert len(noted(f'runs/{first}', 'begin')) == 1
+    assert not Path(f'copy/{first}/log.txt').exists()
     with pytest.raises(ValueError, match='seed = 3, now seed = 0'):
         sweep(toy, settings, 'copy')
     (Path('copy')/first/'metrics.json').write_text('{"mi')
     with pytest.raises(DataError, match='metrics.json is damaged'):
         runs('copy')
 
-    os.rename(f'runs/{first}/run.ipynb', f'runs/{first}/run.part.ipynb')   # as if the driver had been killed between the record and the last cell, with the pictures
-    assert sweep_state('runs', settings).state[0] == 'waiting' and plain(runs('runs')) == plain(found)
-    assert sweep(toy, settings, 'runs', seed=3) == outcomes and sweep_state('runs', settings).state[0] == 'done'
-    assert len(noted(f'runs/{first}', 'end')) == 2 and noted(f'runs/{first}', 'step') == ['0', '1', '2']
+    # as if the driver had been killed between the record and the last cell, with the pictures
+    os.rename(f'runs/{first}/run.ipynb', f'runs/{first}/run.part.ipynb')
+    assert sweep_state('runs', settings).state[0] == 'waiting'
+    assert without_times(runs('runs')) == without_times(found)
+    assert sweep(toy, settings, 'runs', seed=3) == outcomes
+    assert sweep_state('runs', settings).state[0] == 'done'
+    assert len(noted(f'runs/{first}', 'end')) == 2
+    assert noted(f'runs/{first}', 'step') == ['0', '1', '2']
 
 
 def test_a_failing_cell_concerns_its_run_alone(toy):
-    "Its last line is told, it is tried once more and at the next call, and when the cause has gone it is done."
+    "The outcome is its last line; it is tried once more, and at each call until it succeeds."
     Path('wall').write_text('')
     settings = [dict(block='wall'), dict(k=1)]
-    assert sweep(toy, settings, 'runs') == [('block=wall', 'The file is in the way.'), ('k=1', 'done')]
-    assert len(noted('runs/block=wall', 'begin')) == 2 and len(noted('runs/k=1', 'begin')) == 1
-    assert 'a long story' in Path('runs/block=wall/failed.txt').read_text() and 'in the way' in Path('runs/block=wall/run.part.ipynb').read_text()
+    outcomes = sweep(toy, settings, 'runs')
+    assert outcomes == [('block=wall', 'The file is in the way.'), ('k=1', 'done')]
+    failed = Path('runs/block=wall')
+    assert len(noted(failed, 'begin')) == 2 and len(noted('runs/k=1', 'begin')) == 1
+    assert 'a long story' in (failed/'failed.txt').read_text()
+    assert 'in the way' in (failed/'run.part.ipynb').read_text()
     table = sweep_state('runs', settings)
-    assert [*table.state] == ['failed', 'done'] and table.message[0] == 'The file is in the way.' and [r['name'] for r in runs('runs')] == ['k=1']
-    assert sweep(toy, settings, 'runs', retries=0)[0][1] == 'The file is in the way.' and len(noted('runs/block=wall', 'begin')) == 3
+    assert [*table.state] == ['failed', 'done'] and table.message[0] == 'The file is in the way.'
+    assert [r['name'] for r in runs('runs')] == ['k=1']
+    assert sweep(toy, settings, 'runs', retries=0)[0][1] == 'The file is in the way.'
+    assert len(noted(failed, 'begin')) == 3
     Path('wall').unlink()
     assert [o for _, o in sweep(toy, settings, 'runs', retries=0)] == ['done', 'done']
-    assert not Path('runs/block=wall/failed.txt').exists() and [*sweep_state('runs', settings).state] == ['done', 'done'] and len(noted('runs/k=1', 'begin')) == 1
+    assert not (failed/'failed.txt').exists()
+    assert [*sweep_state('runs', settings).state] == ['done', 'done']
+    assert len(noted('runs/k=1', 'begin')) == 1
 
 
 def test_a_notebook_that_leaves_no_record_has_failed(toy):
@@ -285,65 +361,189 @@ def test_a_killed_kernel_goes_on_from_its_checkpoint(toy):
     assert noted('runs/k=1', 'step') == ['0', '1', '2'] and len(noted('runs/k=1', 'begin')) == 2
 
 
-# --- drivers --------------------------------------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------
+
+RECORDS = [
+    {'name': 'k=0', 'settings': {'k': 0},
+     'metrics': {'miou': .1 + .2, 'seconds': 7.5, 'parameters': {'k': 0, 'lr': 1e-3}}},
+    {'name': 'k=1', 'settings': {'k': 1},
+     'metrics': {'miou': None, 'seconds': 9, 'parameters': {'k': 1, 'lr': 1e-3}}}]
+
+
+def put_folder(root, record):
+    folder = Path(root)/record['name']
+    folder.mkdir(parents=True)
+    for part in ('settings', 'metrics'):
+        (folder/f'{part}.json').write_text(json.dumps(record[part]))
+
+
+def put_file(file, *records):
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_text(''.join(json.dumps(r) + '\n' for r in records))
+
+
+def test_a_folder_becomes_a_file_and_every_number_stays(tmp_path):
+    for record in reversed(RECORDS):
+        put_folder(tmp_path/'k', record)
+    (tmp_path/'k'/'k=2').mkdir()   # not done: it is no record
+    file = write_records(tmp_path/'k')
+    assert file == tmp_path/'k.jsonl' and [*tmp_path.iterdir()] != [file]
+    assert json.dumps(read_records(file)) == json.dumps(RECORDS)   # also the order of names
+    shutil.rmtree(tmp_path/'k')
+    assert runs(tmp_path/'k') == runs(file) == runs(str(file)) == RECORDS
+    assert write_records(file, tmp_path/'again'/'k.jsonl').read_text() == file.read_text()
+    assert not list(tmp_path.glob('**/*.part*'))
+
+
+def test_where_there_is_nothing_no_file_is_written(tmp_path):
+    assert runs(tmp_path/'k') == runs(tmp_path/'k.jsonl') == read_records(tmp_path/'k.jsonl') == []
+    with pytest.raises(DataError, match='k holds no finished run'):
+        write_records(tmp_path/'k')
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_and_a_folder_are_one_sweep(tmp_path):
+    "A run that both have is that of the folder; runs are sorted by name."
+    put_file(tmp_path/'k.jsonl', *RECORDS)
+    put_folder(tmp_path/'k', {'name': 'k=10', 'settings': {'k': 10}, 'metrics': {'miou': 3}})
+    put_folder(tmp_path/'k', {**RECORDS[1], 'metrics': {'miou': 4}})
+    found = runs(tmp_path/'k')
+    assert [r['name'] for r in found] == ['k=0', 'k=1', 'k=10']
+    assert [r['metrics']['miou'] for r in found] == [.1 + .2, 4, 3]
+    write_records(tmp_path/'k')
+    assert runs(tmp_path/'k.jsonl') == found
+
+
+@pytest.mark.parametrize('line, words', [
+    ('{"name": "k=1", "sett', r'line 2, is damaged \('),
+    ('<<<<<<< HEAD', r'line 2, is damaged \('),
+    ('\xe9'.encode('latin1'), r'line 2, is damaged \('),
+    ('[1, 2]', 'line 2, is no record'),
+    ('{"name": "k=1", "metrics": {}}', 'line 2, is no record')])
+def test_a_damaged_line_is_named(toy, line, words):
+    line = line if isinstance(line, bytes) else line.encode()
+    Path('k.jsonl').write_bytes(json.dumps(RECORDS[0]).encode() + b'\n' + line + b'\n')
+    readers = (lambda: runs('k'), lambda: sweep_state('k', grid(k=[0])), lambda: write_records('k'),
+               lambda: sweep(toy, grid(k=[0]), 'k'))
+    for read in readers:
+        with pytest.raises(DataError, match=rf'k\.jsonl, {words}'):
+            read()
+    assert not Path('k').exists()
+
+
+def test_a_recorded_run_is_done(toy):
+    "What stands in the file is not run again, and leaves no folder; the rest of the grid is run."
+    put_file('k.jsonl', RECORDS[1])
+    settings = grid(k=[0, 1])
+    assert [*sweep_state('k', settings).state] == ['waiting', 'done']
+    assert sweep_state('k', settings).seconds[1] == 9
+    assert sweep(toy, settings[1:], 'k') == [('k=1', 'done')] and not Path('k').exists()
+    assert sweep(toy, settings, 'k') == [('k=0', 'done'), ('k=1', 'done')]
+    assert not Path('k/k=1').exists() and noted('k/k=0', 'end')
+    assert [r['name'] for r in runs('k')] == ['k=0', 'k=1'] and runs('k')[1] == RECORDS[1]
+    write_records('k')
+    shutil.rmtree('k')
+    assert sweep(toy, settings, 'k') == [('k=0', 'done'), ('k=1', 'done')]
+    assert not Path('k').exists()
+
+
+def test_a_record_of_something_else_is_refused(toy, monkeypatch):
+    monkeypatch.setattr(sweeps, 'run_one', None)
+    put_file('k.jsonl', *RECORDS)
+    words = r'lr = 0.001, now lr = 0.01: use another root, or delete its line in k\.jsonl'
+    with pytest.raises(ValueError, match=f'k=1 was made with {words}'):
+        sweep(toy, grid(k=[2, 1]), 'k', lr=.01)
+    assert not Path('k').exists()
+
+
+def test_a_record_keeps_its_words_and_is_read_in_those_of_today(toy, monkeypatch):
+    "After a parameter was renamed, the file keeps the old name and readers see the new one."
+    def as_now(parameters):
+        return {{'width': 'k'}.get(name, name): value for name, value in parameters.items()}
+
+    def record(name):
+        metrics = {'parameters': {name: 1, 'lr': 1e-3}}
+        return {'name': 'width=1', 'settings': {name: 1}, 'metrics': metrics}
+
+    old = record('width')
+    put_file('k.jsonl', old)
+    put_folder('made', old)
+    monkeypatch.setattr(sweeps, 'as_now', as_now)
+    for root in ('k', 'made'):
+        assert runs(root) == [record('k')]
+        assert read_records(write_records(root)) == [old]
+    assert sweep(toy, grid(k=[1]), 'k') == [('k=1', 'done')] and not Path('k').exists()
+    with pytest.raises(ValueError, match='now lr = 0.01'):
+        sweep(toy, grid(k=[1]), 'k', lr=.01)
+
+
+# --- drivers ----------------------------------------------------------------------------------
 
 def test_a_killed_driver_loses_its_running_cell(toy):
     settings = grid(k=[0, 1, 2])
     with held(1):
         killed = driver(toy, settings, 'runs')
-        until(lambda: noted('runs/k=1', 'waits'))
+        wait_until(lambda: noted('runs/k=1', 'waits'))
         assert [*sweep_state('runs', settings).state] == ['done', 'running', 'waiting']
         killed.kill()
         killed.join()
         assert [*sweep_state('runs', settings).state] == ['done', 'waiting', 'waiting']
         orphan, = pids('runs/k=1')
-        until(lambda: not alive(orphan))   # it has seen that its parent has gone
-    assert sweep(toy, settings, 'runs', retries=0) == [('k=0', 'done'), ('k=1', 'done'), ('k=2', 'done')]
+        wait_until(lambda: not alive(orphan))   # it has seen that its parent has gone
+    outcomes = sweep(toy, settings, 'runs', retries=0)
+    assert outcomes == [('k=0', 'done'), ('k=1', 'done'), ('k=2', 'done')]
     assert [len(noted(f'runs/k={k}', 'begin')) for k in range(3)] == [1, 2, 1]
     assert noted('runs/k=1', 'step') == ['0', '1', '2']   # from the checkpoint
 
 
 def test_a_kernel_that_outlives_its_driver_is_waited_for(toy):
-    "In a call that blocks every thread it cannot notice that its parent has gone, and holds the run's own lock."
+    "In a call that blocks every thread it cannot notice the loss, and holds the run's own lock."
     killed = driver(toy, grid(k=[1]), 'runs', trouble='hang')
-    until(lambda: noted('runs/k=1', 'waits'))
+    wait_until(lambda: noted('runs/k=1', 'waits'))
     time.sleep(.2)
     killed.kill()
     killed.join()
     orphan, = pids('runs/k=1')
     time.sleep(1.5)
     assert alive(orphan)
-    assert sweep(toy, grid(k=[1]), 'runs', trouble='hang', retries=0) == [('k=1', 'done')]   # had it not waited, the lock would have made it fail
-    assert len(pids('runs/k=1')) == 2 and noted('runs/k=1', 'step')[:3] == ['0', '1', '2']   # the orphan may still have begun the third
-    until(lambda: not alive(orphan))
+    # without waiting, the lock would make it fail
+    assert sweep(toy, grid(k=[1]), 'runs', trouble='hang', retries=0) == [('k=1', 'done')]
+    assert len(pids('runs/k=1')) == 2
+    assert noted('runs/k=1', 'step')[:3] == ['0', '1', '2']   # the orphan may have begun the third
+    wait_until(lambda: not alive(orphan))
 
 
-def test_drivers_side_by_side_share_the_work(toy):
+def test_parallel_drivers_share_the_work(toy):
     settings = grid(k=[0, 1, 2])
     with ProcessPoolExecutor(2, FRESH) as two:
         with held(0):
             both = [two.submit(sweep, toy, settings, 'runs') for _ in range(2)]
-            until(lambda: noted('runs/k=2', 'end'))   # one is busy with the first run, the other passes by
+            wait_until(lambda: noted('runs/k=2', 'end'))   # by the driver that passed the first run
         found = [dict(f.result()) for f in both]
     assert sorted(f['k=0'] for f in found) == ['done', 'elsewhere'] and len(runs('runs')) == 3
     for k in range(3):
-        assert len(noted(f'runs/k={k}', 'begin')) == 1 and 'done' in {f[f'k={k}'] for f in found} <= {'done', 'elsewhere'}
+        assert len(noted(f'runs/k={k}', 'begin')) == 1
+        assert 'done' in {f[f'k={k}'] for f in found} <= {'done', 'elsewhere'}
 
 
 def interrupted():
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # who starts the tests in the background of a shell has them ignore it
+    # tests that a shell runs in the background ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with local_engine(2) as two:
         sweep('toy.ipynb', grid(k=[0, 1, 2]), 'runs', two)
 
 
-def waiting(): return all(noted(f'runs/k={k}', 'waits') for k in (0, 1))
+def waiting():
+    return all(noted(f'runs/k={k}', 'waits') for k in (0, 1))
+
 
 def interrupted_elsewhere():
-    "A signal to a process may reach any of its threads; it then wakes nobody who waits in the main one."
+    "A signal may reach any thread of a process; then a wait in the main thread goes on."
     def strike():
-        until(waiting)
+        wait_until(waiting)
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         threading.Event().wait()
+
     threading.Thread(target=strike, daemon=True).start()
     interrupted()
 
@@ -353,26 +553,28 @@ def test_ctrl_c_ends_the_driver_and_its_kernels(toy, target):
     process = FRESH.Process(target=target, daemon=True)
     with held(0, 1):
         process.start()
-        until(waiting)
+        wait_until(waiting)
         if target is interrupted:
             os.kill(process.pid, signal.SIGINT)
         process.join(30)
         assert process.exitcode == 1 and not noted('runs/k=2', 'begin')
-        until(lambda: not any(alive(pids(f'runs/k={k}')[0]) for k in (0, 1)))
+        wait_until(lambda: not any(alive(pids(f'runs/k={k}')[0]) for k in (0, 1)))
     assert not runs('runs')
 
 
 def test_the_command_is_killed_and_called_again(toy):
     Path('common.yaml').write_text('out: elsewhere\nlr: 0.01\n')
     Path('wall').touch()
-    call = dict(args=[Path(sys.executable).parent/'ppc', 'sweep', toy, '-f', 'common.yaml', '-p', 'k=0,1', '-p', 'block=none,wall', '--out', 'runs'], text=True)
+    words = f'sweep {toy} -f common.yaml -p k=0,1 -p block=none,wall --out runs'
+    call = dict(args=[Path(sys.executable).parent/'ppc', *words.split()], text=True)
     waiting = Path('runs')/run_name(dict(k=1, block='none'))
     with held(1), subprocess.Popen(**call) as killed:
-        until(lambda: noted(waiting, 'waits'))
+        wait_until(lambda: noted(waiting, 'waits'))
         killed.kill()
     assert [r['settings'] for r in runs('runs')] == [{'k': 0, 'block': 'none'}]
     found = subprocess.run(**call, capture_output=True)
-    assert found.returncode == 1 and found.stdout.startswith('2 done, 2 failed') and found.stderr.count('The file is in the way.') == 2
+    assert found.returncode == 1 and found.stdout.startswith('2 done, 2 failed')
+    assert found.stderr.count('The file is in the way.') == 2
     assert noted(waiting, 'step') == ['0', '1', '2']   # from the checkpoint
     Path('wall').unlink()
     found = subprocess.run(**call, capture_output=True)
@@ -380,7 +582,7 @@ def test_the_command_is_killed_and_called_again(toy):
     assert [r['metrics']['parameters']['lr'] for r in runs('runs')] == [.01]*4
 
 
-# --- engines --------------------------------------------------------------------------------------------------------------------
+# --- engines ----------------------------------------------------------------------------------
 
 def test_threads_share_the_cores(toy, monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
@@ -399,36 +601,49 @@ def test_threads_share_the_cores(toy, monkeypatch):
 def test_processes_elsewhere_keep_relative_paths(toy, tmp_path):
     Path('wall').write_text('')
     with ProcessPoolExecutor(1, FRESH, os.chdir, ('/',)) as pool:
-        assert sweep(toy, grid(block=['wall', 'gone']), 'runs', pool.map, retries=0) == [('block=wall', 'The file is in the way.'), ('block=gone', 'done')]
+        outcomes = sweep(toy, grid(block=['wall', 'gone']), 'runs', pool.map, retries=0)
+    assert outcomes == [('block=wall', 'The file is in the way.'), ('block=gone', 'done')]
     assert noted('runs/block=gone', 'begin')[0].split()[0] == os.getcwd()
 
 
 def test_dask_loses_a_worker(toy, tmp_path):
-    "A local cluster of two processes, one of them killed in the middle of a run: everything is done, with the numbers of a serial sweep."
+    """One of two worker processes is killed in the middle of a run.
+
+    Everything is done, with the numbers of a serial sweep.
+    """
     import dask
     from dask.distributed import Client, LocalCluster
     settings, found = grid(k=[0, 1, 2]), []
     fresh = dask.config.set({'distributed.worker.multiprocessing-method': 'forkserver'})
-    with fresh, LocalCluster(2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path)) as cluster, Client(cluster) as client:
-        at_work = threading.Thread(target=lambda: found.extend(sweep(toy, settings, 'dask', client.get_executor().map)))
+    options = dict(threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path))
+    with fresh, LocalCluster(2, **options) as cluster, Client(cluster) as client:
+        engine = client.get_executor().map
+        at_work = threading.Thread(
+            target=lambda: found.extend(sweep(toy, settings, 'dask', engine)))
         with held(0):
             at_work.start()
-            until(lambda: noted('dask/k=0', 'waits'))
+            wait_until(lambda: noted('dask/k=0', 'waits'))
             worker = int(Path('dask/k=0/log.txt').read_text().split()[1])
             assert worker in client.run(os.getpid).values()
             os.kill(worker, signal.SIGKILL)
         at_work.join(60)
     assert found == [('k=0', 'done'), ('k=1', 'done'), ('k=2', 'done')]
     assert len(pids('dask/k=0')) == 2
-    assert sweep(toy, settings, 'serial') == found and plain(runs('dask')) == plain(runs('serial'))
+    assert sweep(toy, settings, 'serial') == found
+    assert without_times(runs('dask')) == without_times(runs('serial'))
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------------------
+# --- progress ---------------------------------------------------------------------------------
 
 @pytest.fixture
 def four(tmp_path):
     "Folders of four runs: done, at work, failed, not begun."
-    for name, files in {'k=0': {'metrics.json': '{"seconds": 100}'}, 'k=1': {'.began': '', '.sweep.lock': ''}, 'k=2': {'failed.txt': 'Why?\n[/red] because\n'}, 'k=3': {}}.items():
+    content = {
+        'k=0': {'metrics.json': '{"seconds": 100}'},
+        'k=1': {'.began': '', '.sweep.lock': ''},
+        'k=2': {'failed.txt': 'Why?\n[/red] because\n'},
+        'k=3': {}}
+    for name, files in content.items():
         (tmp_path/name).mkdir()
         for file, text in files.items():
             (tmp_path/name/file).write_text(text)
@@ -439,9 +654,11 @@ def four(tmp_path):
 
 def test_state_comes_from_the_folders(four):
     table = sweep_state(four, grid(k=[0, 1, 2, 3, 4]))
-    assert [*table.state] == ['done', 'running', 'failed', 'waiting', 'waiting'] and table.message[2] == '[/red] because'
+    assert [*table.state] == ['done', 'running', 'failed', 'waiting', 'waiting']
+    assert table.message[2] == '[/red] because'
     assert table.seconds[0] == 100 and 30 <= table.seconds[1] < 60
-    assert 240 < time_left(table) <= 270 and re.match('1 done, 1 running, 1 failed, 2 waiting, 0:04:[0-9]+ left', summary_line(table))
+    assert 240 < time_left(table) <= 270
+    assert re.match('1 done, 1 running, 1 failed, 2 waiting, 0:04:[0-9]+ left', summary_line(table))
     assert time_left(table[1:]) is None and summary_line(table[2:4]) == '1 failed, 1 waiting'
     assert run_one(('none.ipynb', str(four/'k=1'), {})) == ('k=1', 'elsewhere')
 
@@ -451,15 +668,17 @@ def test_a_terminal_shows_a_table(four, monkeypatch, lines):
     shown = io.StringIO()
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
     monkeypatch.setattr(sweeps, 'LINES', lines)
-    monkeypatch.setattr(sweeps, 'Console', lambda stderr: rich.console.Console(file=shown, force_terminal=True, width=100))
+    console = rich.console.Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr(sweeps, 'Console', lambda stderr: console)
     with sweeps.show_progress(four, grid(k=[0, 1, 2, 3]), .1):
         time.sleep(.3)
-    for words in ('k=1', 'running', '[/red] because', '1 done, 1 running, 1 failed, 1 waiting, 0:02:'):
+    summary = '1 done, 1 running, 1 failed, 1 waiting, 0:02:'
+    for words in ('k=1', 'running', '[/red] because', summary):
         assert words in shown.getvalue()
     assert ('k=3' in shown.getvalue()) == (lines == 40)
 
 
-def test_elsewhere_a_line_tells_each_change(four, monkeypatch, capfd):
+def test_without_a_terminal_a_line_reports_each_change(four, monkeypatch, capfd):
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
     with sweeps.show_progress(four, grid(k=[0, 1, 2, 3]), .1):
         time.sleep(.3)
@@ -472,18 +691,24 @@ def test_elsewhere_a_line_tells_each_change(four, monkeypatch, capfd):
     assert not capfd.readouterr().err
 
 
-# --- real runs --------------------------------------------------------------------------------------------------------------------
+# --- real runs --------------------------------------------------------------------------------
 
 def test_real_runs(tmp_path, monkeypatch):
     monkeypatch.setenv('TQDM_DISABLE', '1')
-    common = dict(methods=['cam'], scenes=12, closeups=32, batch_size=4, crop=64, target=32, resize=[64, 96], crf=False, refine='none', segmenter='none')
-    settings = grid(seed=[0, 1])
-    assert sweep(BOOK/'50_run.ipynb', settings, tmp_path, **common) == [('seed=0', 'done'), ('seed=1', 'done')]
+    notebook, settings = BOOK/'50_run.ipynb', grid(seed=[0, 1])
+    done = [('seed=0', 'done'), ('seed=1', 'done')]
+    common = dict(methods=['cam'], scenes=12, closeups=32, batch_size=4, crop=64, target=32,
+                  resize=[64, 96], crf=False, refine='none', segmenter='none')
+    assert sweep(notebook, settings, tmp_path, **common) == done
     found = runs(tmp_path)
-    assert all(r['metrics']['seed_miou']['cam'] > 0 and r['metrics']['parameters']['seed'] == r['settings']['seed'] for r in found)
-    assert (tmp_path/'seed=0'/'result.png').exists() and sweep_state(tmp_path, settings).seconds.min() > 0
-    for other in (dict(common, batch_size=8), {k: v for k, v in common.items() if k != 'batch_size'}):
+    for r in found:
+        assert r['metrics']['seed_miou']['cam'] > 0
+        assert r['metrics']['parameters']['seed'] == r['settings']['seed']
+    assert (tmp_path/'seed=0'/'result.png').exists()
+    assert sweep_state(tmp_path, settings).seconds.min() > 0
+    by_default = {k: v for k, v in common.items() if k != 'batch_size'}
+    for other in (dict(common, batch_size=8), by_default):
         with pytest.raises(ValueError, match='batch_size = 4, now batch_size = 8'):
-            sweep(BOOK/'50_run.ipynb', settings, tmp_path, **other)
-    assert sweep(BOOK/'50_run.ipynb', settings, tmp_path, **common, workers=1, device='cpu') == [('seed=0', 'done'), ('seed=1', 'done')]
-    assert plain(runs(tmp_path)) == plain(found)
+            sweep(notebook, settings, tmp_path, **other)
+    assert sweep(notebook, settings, tmp_path, **common, workers=1, device='cpu') == done
+    assert without_times(runs(tmp_path)) == without_times(found)
