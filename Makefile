@@ -1,15 +1,21 @@
 # Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10 and make; the tests also a C++ compiler.
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: install demo test bench lab docs export crf-if-possible
+.PHONY: install demo check test bench lab docs export crf-if-possible
 
 install: .venv/ready
 
 demo: .venv/ready
 	$(BIN)/ppc demo
 
+# In two minutes: style, sync of notebooks and package, unit tests; no training, no notebook
+check: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest tests -q -n 2 -m "not slow"
+
 test: .venv/ready .venv/crf
-	$(BIN)/python -m pytest tests
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 # Fast forms against the plain loops they replace; writes runs/bench/<device>.json
 bench: .venv/ready crf-if-possible
@@ -23,10 +29,12 @@ docs: .venv/ready
 	rm -rf _docs
 	$(BIN)/python -c "from ppc.pages import book_pages; print('open', book_pages('nbs', '_docs')[0])"
 
-# After a change in nbs/: strip what execution leaves behind, then write ppc/ anew
+# After a change in nbs/: strip what execution leaves behind, then write the modules of ppc/ anew (__init__.py, recipes/ and templates/ are written by hand)
 export: .venv/ready
 	$(BIN)/nbdev_clean
-	rm -rf ppc && $(BIN)/nbdev_export
+	rm -f ppc/[a-z]*.py
+	$(BIN)/nbdev_export
+	$(BIN)/python nbs/export.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

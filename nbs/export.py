@@ -1,4 +1,4 @@
-"What `make export` does after `nbdev_export`: the parameters cell of 50_run, and that notebook as a file of the package."
+"After `nbdev_export`: the parameters cell of 50_run, and that notebook as a file of the package."
 import json
 import sys
 from pathlib import Path
