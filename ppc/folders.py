@@ -17,6 +17,7 @@ import tarfile
 import unicodedata
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import combinations, zip_longest
@@ -42,102 +43,145 @@ from ppc.data import (
 
 # %% ../nbs/04_folders.ipynb #f8035cef
 def link_file(
-    source, # file that exists
-    target, # where it shall also be found
+    source: Path | str,  # existing file
+    target: Path | str,  # path of the link
 ):
-    "A symbolic link, in one step. Raises `DataError` where the source is missing or something else is at the target."
+    "Make a symbolic link in one step. Raises `DataError` if it is impossible or would overwrite."
     source, target = Path(source).resolve(), Path(target)
     if not source.is_file():
         raise DataError(f'{source} is missing: it should be linked as {target}.')
-    if target.exists():
-        if target.resolve() == source:
-            return
+    if not target.exists():
+        with atomic(target) as part:
+            os.symlink(source, part)
+    elif target.resolve() != source:
         raise DataError(f'{target} is there already: delete it, or choose another folder.')
-    with atomic(target) as part:
-        os.symlink(source, part)
 
-def _link_all(folder, wanted): # name -> file
-    "Make all links, and take away those of an earlier time."
-    for old in () if folder.is_symlink() else folder.glob('*'):
-        if old.is_symlink() and old.name not in wanted:
-            old.unlink()
-    for name, path in tqdm(wanted.items(), desc=folder.name):
+# %% ../nbs/04_folders.ipynb #826885eb
+def _link_all(folder, sources):
+    "Link each of `sources` (name -> file) into a folder, and delete all other links in it."
+    if not folder.is_symlink():  # a link to a folder of the user's: its content stays
+        for old in folder.glob('*'):
+            if old.is_symlink() and old.name not in sources:
+                old.unlink()
+    for name, path in tqdm(sources.items(), desc=folder.name):
         link_file(path, folder/name)
+
+def _write_lines(path, lines):
+    with atomic(path) as part:
+        part.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
 
 # %% ../nbs/04_folders.ipynb #0e757f9a
 def write_folder(
-    root,        # dataset folder to make, or to make again
-    files,       # id -> path of its photograph
-    tags,        # id -> names of what is in it
-    classes,     # names without spaces, background first
-    splits=None, # name -> ids; None: no lists, every image is 'train'
-    masks=None,  # id -> path of its mask, to be linked as well
+    root: Path | str,  # dataset folder to make, or to make again
+    files: dict[str, Path],  # id -> path of its photograph
+    tags: dict[str, Iterable[str]],  # id -> names of the classes in it
+    classes: list[str],  # names without spaces, background first
+    splits: dict[str, Iterable[str]] | None = None,  # name -> ids; None: every image is 'train'
+    masks: dict[str, Path] | None = None,  # id -> path of its mask, to be linked as well
 ):
-    "Link the photographs and write `tags.csv`, `classes.txt` and `ImageSets`. Raises `DataError` for an id or a class that cannot be a name."
+    """Link the photographs and write `tags.csv`, `classes.txt` and `ImageSets`.
+
+    Raises `DataError` for an id or a class that cannot be a name."""
     root = Path(root)
-    for i, path in files.items():
-        if image_id(i, path) != i or i != i.strip() or i[:1] in ('', '.') or not i.isprintable():
-            raise DataError(f'{i!r} cannot be the name of an image: rename {str(path)!r}.')
+    _check_ids(files)
     check_classes(classes, root/'classes.txt')
-    _link_all(root/'JPEGImages', {f'{i}{Path(path).suffix.lower()}': path for i, path in files.items()})
+    _link_all(root/'JPEGImages', {f'{i}{Path(f).suffix.lower()}': f for i, f in files.items()})
     if masks:
-        _link_all(root/'SegmentationClass', {f'{i}.png': path for i, path in masks.items()})
-    with atomic(root/'classes.txt') as part:
-        part.write_text('\n'.join(classes) + '\n', encoding='utf-8')
+        _link_all(root/'SegmentationClass', {f'{i}.png': f for i, f in masks.items()})
+    _write_lines(root/'classes.txt', classes)
     for name, ids in (splits or {}).items():
-        with atomic(root/'ImageSets'/f'{name}.txt') as part:
-            part.write_text(''.join(f'{i}\n' for i in ids), encoding='utf-8')
+        _write_lines(root/'ImageSets'/f'{name}.txt', ids)
     with atomic(root/'tags.csv') as part, part.open('w', newline='', encoding='utf-8') as f:
-        csv.writer(f, lineterminator='\n').writerows([('image', 'tags'), *((i, ' '.join(tags[i])) for i in files)])
+        writer = csv.writer(f, lineterminator='\n')
+        writer.writerow(['image', 'tags'])
+        writer.writerows([i, ' '.join(tags[i])] for i in files)
+
+# %% ../nbs/04_folders.ipynb #a4836919
+def _check_ids(files):
+    for i, path in files.items():
+        is_name = i.strip() == i and i.isprintable() and not i.startswith('.') and i != ''
+        if image_id(i, path) != i or not is_name:
+            raise DataError(f'{i!r} cannot be the name of an image: rename {str(path)!r}.')
 
 # %% ../nbs/04_folders.ipynb #bc4277b5
-def photographs(
-    images, # folder, with any subfolders
-) -> dict:  # id -> places below the folder, as paths
-    "All photographs of a folder. Raises `DataError` where two would have the same id."
-    images, same, found = Path(images), {}, {}
+def photographs(images: Path | str) -> dict[str, list[Path]]:  # id -> paths below the folder
+    "Find all photographs in a folder and below. Raises `DataError` if two would have the same id."
+    images = Path(images)
     if not images.is_dir():
         raise DataError(f'{images} is missing: give the folder of the photographs.')
-    places = sorted(p.relative_to(images) for p in images.rglob('*') if p.suffix.lower() in ENDINGS and p.is_file())
-    places = [p for p in places if not any(part.startswith(('.', '__MACOSX')) for part in p.parts)]   # what file managers leave behind
-    count = Counter(p.stem for p in places)
-    for p in places:
-        same.setdefault((p.stem, count[p.stem] > 1 and hashlib.sha256((images/p).read_bytes()).digest()), []).append(p)
-    count = Counter(stem for stem, _ in same)
-    for (stem, _), where in same.items():
-        i = stem if count[stem] == 1 else '_'.join(where[0].with_suffix('').parts)
+    groups = _copies(images, _pictures(images))
+    count = Counter(paths[0].stem for paths in groups)
+    found = {}
+    for paths in groups:
+        first = paths[0]
+        i = first.stem if count[first.stem] == 1 else '_'.join(first.with_suffix('').parts)
         if i in found:
-            raise DataError(f'{images/where[0]} and {found[i][0]} would both be called {i!r}: rename one; a mask belongs in another folder.')
-        found[i] = where
+            raise DataError(f'{images/first} and {found[i][0]} would both be called {i!r}: '
+                            'rename one; a mask belongs in another folder.')
+        found[i] = paths
     return found
 
+# %% ../nbs/04_folders.ipynb #89f24b42
+def _pictures(folder):
+    paths = [p for p in folder.rglob('*') if p.suffix.lower() in ENDINGS and p.is_file()]
+    paths = sorted(p.relative_to(folder) for p in paths)
+    hidden = ('.', '__MACOSX')  # begin what file managers leave behind
+    return [p for p in paths if not any(part.startswith(hidden) for part in p.parts)]
+
+def _copies(folder, paths):
+    "Lists of paths that share their name and, compared only where needed, their bytes."
+    count, groups = Counter(p.stem for p in paths), {}
+    for p in paths:
+        unique = count[p.stem] == 1
+        content = None if unique else hashlib.sha256((folder/p).read_bytes()).digest()
+        groups.setdefault((p.stem, content), []).append(p)
+    return groups.values()
+
 # %% ../nbs/04_folders.ipynb #035c5ae0
-YES, NO = {'1', '1.0', 'x', 'true', 'yes', 'y'}, {'', '0', '0.0', '-1', 'false', 'no', 'n'}
+YES = {'1', '1.0', 'x', 'true', 'yes', 'y'}
+NO = {'', '0', '0.0', '-1', 'false', 'no', 'n'}
 
 def read_spreadsheet(
-    path,  # CSV
-    found, # photographs: id -> places
-) -> dict: # id -> set of tags
-    "The tags of each image that has a row. Raises `DataError` with the line."
-    rows, names, told = read_rows(Path(path), 'a header, then an image and its tags in each row'), _names(found), {}
-    header = rows[0][1] if rows else []
-    while header and not header[-1]:
-        header.pop()   # as spreadsheets do that were once wider
-    if len(header) < 2 or _key(header[0]) in names:
-        raise DataError(f'{path} line 1 should be a header such as "image,tags", or "image" and the classes.')
-    cells = {c.lower() for _, row in rows[1:] for c in row[1:]}
-    marks = len(header) > 2 or cells <= YES | NO and any(cells)
-    for n, row in rows[1:]:
-        where = f'{path} line {n}'
-        told.setdefault(_which(row[0], names, where), set()).update(_marked(row, header, where) if marks else re.findall(r'[^\s,;]+', ' '.join(row[1:])))
-    return told
+    path: Path | str,  # CSV
+    found: dict[str, list[Path]],  # as from `photographs`
+) -> dict[str, set[str]]:  # id -> tags
+    "Read the tags of each image that has a row. Raises `DataError` that names the line."
+    rows = read_rows(Path(path), 'a header, then an image and its tags in each row')
+    names = _names(found)
+    header = _header(rows, names, path)
+    entries = {cell.lower() for _, row in rows[1:] for cell in row[1:]}
+    marks = len(header) > 2 or (entries <= YES | NO and any(entries))
+    tags = {}
+    for line, (name, *cells) in rows[1:]:
+        where = f'{path} line {line}'
+        i = _find_id(name, names, where)
+        new = _marked(cells, header[1:], where) if marks else _words(cells)
+        tags.setdefault(i, set()).update(new)
+    return tags
 
-def _marked(row, header, where):
-    pairs = [*zip_longest(row[1:], header[1:], fillvalue='')]
-    for c, name in pairs:
-        if c.lower() not in YES | NO or c and not name:
-            raise DataError(f'{where} has {c!r} in the column {name!r}: write x or 1 where the class is in the image; or have two columns, image and tags.')
-    return {'_'.join(name.split()) for c, name in pairs if c.lower() in YES}
+# %% ../nbs/04_folders.ipynb #d32a0174
+def _header(rows, names, path):
+    header = [*rows[0][1]] if rows else []
+    while header and not header[-1]:
+        header.pop()   # a spreadsheet that was once wider ends in empty columns
+    if len(header) < 2 or _key(header[0]) in names:
+        raise DataError(f'{path} line 1 should be a header such as "image,tags", '
+                        'or "image" and the classes.')
+    return header
+
+def _words(cells): return re.findall(r'[^\s,;]+', ' '.join(cells))
+
+# %% ../nbs/04_folders.ipynb #221870eb
+def _marked(cells, classes, where):
+    tags = set()
+    for cell, name in zip_longest(cells, classes, fillvalue=''):
+        mark = cell.lower()
+        if mark not in YES | NO or (cell and not name):
+            raise DataError(f'{where} has {cell!r} in the column {name!r}: write x or 1 where the '
+                            'class is in the image; or have two columns, image and tags.')
+        if mark in YES:
+            tags.add('_'.join(name.split()))
+    return tags
 
 # %% ../nbs/04_folders.ipynb #a981cc84
 def _key(name):
@@ -145,144 +189,207 @@ def _key(name):
     return str(path.with_suffix('') if path.suffix.lower() in ENDINGS else path)
 
 def _names(found):
-    "What a spreadsheet may call a photograph -> its ids. A path is never taken for a mere name."
+    "What a spreadsheet may call a photograph -> its ids; a full path takes precedence over a name."
     names, paths = {}, {}
-    for i, places in found.items():
-        for p in places:
+    for i, files in found.items():
+        for p in files:
             names.setdefault(_key(p.name), set()).add(i)
             paths.setdefault(_key(p), set()).add(i)
     return names | paths
 
 # %% ../nbs/04_folders.ipynb #sf82f594
-def _which(name, names, where):
+def _find_id(name, names, where):
     path = PureWindowsPath(name)
     if path.anchor or '..' in path.parts:
         raise DataError(f'{where} has {name!r}: write the path below the folder of photographs.')
     ids = names.get(_key(name), ())
     if not ids:
-        raise DataError(f'{where} names {name!r}, which is not among the photographs: add it, or delete the row.')
+        raise DataError(f'{where} names {name!r}, which is not among the photographs: '
+                        'add it, or delete the row.')
     if len(ids) > 1:
-        raise DataError(f'{where} has {name!r}, the name of {len(ids)} photographs: write the path below the folder of photographs.')
+        raise DataError(f'{where} has {name!r}, the name of {len(ids)} photographs: '
+                        'write the path below the folder of photographs.')
     return next(iter(ids))
 
 # %% ../nbs/04_folders.ipynb #0b08e64c
 def make_folder(
-    root,         # dataset folder to make, or to make again
-    images,       # folder of photographs, with any subfolders
-    tags=None,    # CSV; None: the photographs lie in one folder per class
-    classes=None, # names in the order of the masks' numbers, from 1; None: all that occur, sorted
-    masks=None,   # folder of <id>.png
-) -> dict:        # how many images, without tags, with masks, left out, other files
-    "Link the photographs and write the layout. Raises `DataError` naming the file and line."
+    root: Path | str,  # dataset folder to make, or to make again
+    images: Path | str,  # folder of photographs, with any subfolders
+    tags: Path | str | None = None,  # CSV; None: the photographs lie in one folder per class
+    classes: list[str] | None = None,  # ordered as the masks' numbers from 1; None: sorted tags
+    masks: Path | str | None = None,  # folder of <id>.png
+) -> dict[str, int]:  # how many images, without tags, with masks, left out, other files
+    "Link the photographs and write the layout. Raises `DataError` that names the file and line."
     root, images = Path(root), Path(images)
+    _check_paths(root, images, tags)
+    found = photographs(images)
+    tags_of = read_spreadsheet(tags, found) if tags else _class_folders(images, found)
+    classes = _all_classes(tags_of, classes, found, tags or images)
+    painted = _masks(masks, tags_of)
+    write_folder(
+        root, {i: images/found[i][0] for i in tags_of},
+        {i: [c for c in classes[1:] if c in tags_of[i]] for i in tags_of},
+        classes, _splits(tags_of, painted), painted)
+    others = [p for p in images.rglob('[!.]*') if p.is_file() and p.suffix.lower() not in ENDINGS]
+    return {
+        'images': len(tags_of),
+        'without tags': sum(words.isdisjoint(classes[1:]) for words in tags_of.values()),
+        'masks': len(painted),
+        'left out': len(found) - len(tags_of),
+        'other files': len(others),
+    }
+
+# %% ../nbs/04_folders.ipynb #84a102c6
+def _check_paths(root, images, tags):
     if images.resolve() in (root.resolve(), *root.resolve().parents):
-        raise DataError(f'{root} lies in {images}, where its photographs would be found again: choose another place.')
+        raise DataError(f'{root} lies in {images}, where its photographs would be found again: '
+                        'choose another place.')
     if tags and Path(tags).resolve() == (root/'tags.csv').resolve():
         raise DataError(f'{tags} would be overwritten: give it another name.')
-    found = photographs(images)
-    told = read_spreadsheet(tags, found) if tags else _class_folders(images, found)
-    words = {w for these in told.values() for w in these} - {'background'}
-    classes = ['background', *(c for c in classes or sorted(words) if c != 'background')]
+
+# %% ../nbs/04_folders.ipynb #1a2b72be
+def _all_classes(tags_of, classes, found, source):
+    used = set().union(*tags_of.values()) - {'background'}
+    names = classes or sorted(used)
+    classes = ['background', *(name for name in names if name != 'background')]
     if len(classes) < 2:
-        raise DataError(f'{tags or images} has no tag at all: there is nothing to learn.')
-    for i, these in told.items():
-        for w in sorted(these - {*classes}):
-            raise DataError(f'{tags or images} gives {found[i][0]} the tag {w!r}, which is not among the classes ({" ".join(classes)}).')
-    painted = _masks(masks, told)
-    splits = {'train': [i for i in told if i not in painted], 'val': [*painted]} if 0 < len(painted) < len(told) else None
-    write_folder(root, {i: images/found[i][0] for i in told}, {i: [c for c in classes[1:] if c in told[i]] for i in told}, classes, splits, painted)
-    others = sum(p.is_file() and p.suffix.lower() not in ENDINGS for p in images.rglob('[!.]*'))
-    return {'images': len(told), 'without tags': sum(not these & {*classes[1:]} for these in told.values()), 'masks': len(painted),
-            'left out': len(found) - len(told), 'other files': others}
+        raise DataError(f'{source} has no tag at all: there is nothing to learn.')
+    for i, words in tags_of.items():
+        for word in sorted(words.difference(classes)):
+            raise DataError(f'{source} gives {found[i][0]} the tag {word!r}, '
+                            f'which is not among the classes ({" ".join(classes)}).')
+    return classes
 
 # %% ../nbs/04_folders.ipynb #s39b8881
 def _class_folders(images, found):
-    told = {i: {'_'.join(p.parts[0].split()) for p in places if len(p.parts) > 1} for i, places in found.items()}
-    told = {i: these for i, these in told.items() if these}
-    if {w for these in told.values() for w in these} <= {'train', 'val', 'valid', 'validation', 'test'}:
-        raise DataError(f'{images} has no folder by the name of a class: give one that has (such as {images/"train"}?), or a spreadsheet.')
-    return told
+    tags_of = {}
+    for i, paths in found.items():
+        words = {'_'.join(p.parts[0].split()) for p in paths if len(p.parts) > 1}
+        if words:
+            tags_of[i] = words
+    if set().union(*tags_of.values()) <= {'train', 'val', 'valid', 'validation', 'test'}:
+        raise DataError(f'{images} has no folder by the name of a class: give one that has '
+                        f'(such as {images/"train"}?), or a spreadsheet.')
+    return tags_of
 
-def _masks(masks, told):
-    if not masks:
+# %% ../nbs/04_folders.ipynb #6c367d3f
+def _masks(folder, ids):
+    if not folder:
         return {}
-    painted = {i: Path(masks)/f'{i}.png' for i in told if (Path(masks)/f'{i}.png').is_file()}
+    paths = {i: Path(folder)/f'{i}.png' for i in ids}
+    painted = {i: path for i, path in paths.items() if path.is_file()}
     if not painted:
-        raise DataError(f'{masks} has no mask by the name of an image: that of {next(iter(told))} would be {next(iter(told))}.png.')
+        first = next(iter(ids))
+        raise DataError(f'{folder} has no mask by the name of an image: '
+                        f'that of {first} would be {first}.png.')
     return painted
+
+def _splits(ids, painted):
+    if len(painted) in (0, len(ids)):
+        return None
+    return {'train': [i for i in ids if i not in painted], 'val': [*painted]}
 
 # %% ../nbs/04_folders.ipynb #94aee398
 def folder_report(
-    root,      # dataset folder
-    workers=4, # threads
-):             # table of counts: images, masks, saliency and classes in each list; list of problems, each naming its file
-    "Open every file of a folder and count. Nothing is raised, all problems are told."
+    root: Path | str,  # dataset folder
+    workers: int = 4,  # threads
+) -> tuple[pd.DataFrame, list[str]]:  # counts of each list; problems, each naming its file
+    "Open every file of a folder, count, and collect all problems; raises nothing."
     root, problems = Path(root), []
-    wrong = problems.append
-    classes = read_classes(root, wrong)
-    tags = read_tags(root, classes, wrong)
-    files = image_files(root, wrong)
-    lists = _lists(root, files, wrong)
-    masks, saliency = (_companions(root/name, files, wrong) for name in ('SegmentationClass', 'Saliency'))
-    match_rows(root, tags, files, wrong)
+    report = problems.append
+    classes = read_classes(root, report)
+    tags = read_tags(root, classes, report)
+    files = image_files(root, report)
+    lists = _lists(root, files, report)
+    masks = _companions(root/'SegmentationClass', files, report)
+    saliency = _companions(root/'Saliency', files, report)
+    match_rows(root, tags, files, report)
     for name, ids in lists.items():
-        match_split(root, name, ids, tags or files, files, wrong)   # without any tags that is one problem, not one per image
-    _unseen(root, classes, tags, files, lists, wrong)
-    _overlaps(root, lists, wrong)
-    with ThreadPoolExecutor(workers) as pool:
-        todo = [(files[i], masks.get(i), saliency.get(i), classes) for i in files]
-        for found in tqdm(pool.map(lambda f: file_problems(*f), todo), total=len(todo), desc='opening'):
-            problems += found
+        # without any tags that is one problem, not one per image
+        match_split(root, name, ids, tags or files, files, report)
+    _report_unused(root, files, lists, report)
+    _report_classes(root, classes, tags, files, report)
+    _report_overlaps(root, lists, report)
+    problems += _open_all(files, masks, saliency, classes, workers)
     return _counts(lists, classes, tags, files, masks, saliency), problems
 
-# %% ../nbs/04_folders.ipynb #84905e82
-def _lists(root, files, wrong): # name -> ids
-    sets = root/'ImageSets'
-    names = sorted(p.stem for p in sets.glob('[!.]*.txt')) if sets.is_dir() else ['train']
-    if not names:
-        wrong(f'{sets} has no list: add train.txt, or delete it to have all images in one.')
-    return {name: split_ids(root, name, files, wrong) for name in names}
+# %% ../nbs/04_folders.ipynb #6ac06a54
+def _open_all(files, masks, saliency, classes, workers):
+    def problems(i): return file_problems(files[i], masks.get(i), saliency.get(i), classes)
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(problems, files), total=len(files), desc='opening')
+        return [problem for of_image in found for problem in of_image]
 
-def _companions(folder, files, wrong): # id -> path
-    found = sorted({*folder.glob('[!.]*')} - {folder/'SOURCE.txt'})   # whose maps they are, see `07_saliency`
-    named = {p.stem: p for p in found if p.suffix == '.png' and p.stem in files}
-    strange = [p for p in found if named.get(p.stem) != p]
-    if strange and files:
-        wrong(f'{strange[0]} belongs to no image ({len(strange)} such files): name it as its image, with the ending .png.')
-    return named
+# %% ../nbs/04_folders.ipynb #84905e82
+def _lists(root, files, report):
+    folder = root/'ImageSets'
+    names = ['train']
+    if folder.is_dir():
+        names = sorted(p.stem for p in folder.glob('[!.]*.txt'))
+    if not names:
+        report(f'{folder} has no list: add train.txt, or delete it to have all images in one.')
+    return {name: split_ids(root, name, files, report) for name in names}
+
+# %% ../nbs/04_folders.ipynb #1bcf5edd
+def _companions(folder, files, report):
+    source = folder/'SOURCE.txt'  # where saliency maps came from, see `07_saliency`
+    found = sorted(p for p in folder.glob('[!.]*') if p != source)
+    paths = {p.stem: p for p in found if p.suffix == '.png' and p.stem in files}
+    unmatched = [p for p in found if paths.get(p.stem) != p]
+    if unmatched and files:
+        report(f'{unmatched[0]} belongs to no image ({len(unmatched)} such files): '
+               'name it as its image, with the ending .png.')
+    return paths
 
 # %% ../nbs/04_folders.ipynb #s2dcb1d3
+def _tag_counts(ids, tags, classes):
+    return sum((tags[i] for i in ids if i in tags), torch.zeros(len(classes[1:])))
+
 def _counts(lists, classes, tags, files, masks, saliency):
     table = {}
     for name, ids in lists.items():
         ids = {*ids} & {*files}
-        tagged = sum((tags[i] for i in ids & {*tags}), torch.zeros(len(classes[1:])))
-        table[name] = [len(ids), len(ids & {*masks}), len(ids & {*saliency}), *map(int, tagged)]
+        columns = [len(ids), len(ids & {*masks}), len(ids & {*saliency})]
+        table[name] = [*columns, *map(int, _tag_counts(ids, tags, classes))]
     return pd.DataFrame(table, ['images', 'masks', 'saliency', *classes[1:]])
 
 # %% ../nbs/04_folders.ipynb #58ec548a
-def _overlaps(root, lists, wrong):
-    role = {name: re.match('trainval|train|val|test|', name)[0].replace('trainval', '') for name in lists}
+def _role(name):
+    if name.startswith('trainval'):
+        return None
+    return next((role for role in ('train', 'val', 'test') if name.startswith(role)), None)
+
+def _report_overlaps(root, lists, report):
     for a, b in combinations(lists, 2):
         both = sorted({*lists[a]} & {*lists[b]})
-        if both and role[a] and role[b] and role[a] != role[b]:
-            wrong(f'{root/"ImageSets"/a}.txt and {b}.txt share {len(both)} images, the first is {both[0]!r}: take them out of one of the two.')
+        if both and _role(a) and _role(b) and _role(a) != _role(b):
+            report(f'{root/"ImageSets"/a}.txt and {b}.txt share {len(both)} images, '
+                   f'the first is {both[0]!r}: take them out of one of the two.')
 
-def _unseen(root, classes, tags, files, lists, wrong):
-    other = sorted(p for p in (root/'JPEGImages').glob('[!.]*') if p.suffix.lower() not in ENDINGS)
-    if other:
-        wrong(f'{other[0]} is not read ({len(other)} such files): save it as .jpg or .png, or take it out of the folder.')
-    rest = sorted({*files} - {i for ids in lists.values() for i in ids})
+# %% ../nbs/04_folders.ipynb #39ff0083
+def _report_unused(root, files, lists, report):
+    others = sorted(p for p in (root/'JPEGImages').glob('[!.]*')
+                    if p.suffix.lower() not in ENDINGS)
+    if others:
+        report(f'{others[0]} is not read ({len(others)} such files): '
+               'save it as .jpg or .png, or take it out of the folder.')
+    listed = set().union(*lists.values())
+    rest = sorted(set(files) - listed)
     if rest and lists:
-        wrong(f'{files[rest[0]]} is in no list of ImageSets ({len(rest)} such images): add it to one, or take it out of the folder.')
-    counts = sum((tags[i] for i in files if i in tags), torch.zeros(len(classes[1:])))
-    for c, n in zip(classes[1:], counts):
+        report(f'{files[rest[0]]} is in no list of ImageSets ({len(rest)} such images): '
+               'add it to one, or take it out of the folder.')
+
+# %% ../nbs/04_folders.ipynb #4df7cd28
+def _report_classes(root, classes, tags, files, report):
+    for name, n in zip(classes[1:], _tag_counts(files, tags, classes)):
         if tags and not n:
-            wrong(f'{root/"classes.txt"} has the class {c!r}, which no image is tagged with: tag some, or delete the class.')
+            report(f'{root/"classes.txt"} has the class {name!r}, which no image is tagged with: '
+                   'tag some, or delete the class.')
 
 # %% ../nbs/04_folders.ipynb #342230f8
 @contextmanager
-def _opened(archive): # yields (name, size, opening function; None for a folder) of each member
+def _opened(archive):
+    "Yield (name, size, function that opens it; None for a folder) of each member of an archive."
     if archive.suffix.lower() == '.zip':
         with zipfile.ZipFile(archive) as z:
             yield [_zip_member(z, m, archive) for m in z.infolist()]
@@ -296,36 +403,39 @@ def _zip_member(z, m, archive):
         raise DataError(f'{archive} has the link {m.filename!r}: pack the file itself.')
     return m.filename, m.file_size, None if m.is_dir() else lambda: z.open(m)
 
+# %% ../nbs/04_folders.ipynb #01521df1
 def _tar_member(t, m, files, archive):
     if m.isdir():
         return m.name, 0, None
-    names = posixpath.normpath(posixpath.join(posixpath.dirname(m.name), m.linkname) if m.issym() else m.linkname)
-    f = m if m.isfile() else files.get(names) if m.issym() or m.islnk() else None
+    f = m if m.isfile() else _linked_file(m, files)
     if f is None:
-        raise DataError(f'{archive} has {m.name!r}, a device or a link to no file of this archive: do not trust it.')
+        raise DataError(f'{archive} has {m.name!r}, a device or a link to no file of this archive: '
+                        'do not trust it.')
     return m.name, f.size, lambda: t.extractfile(f)
 
-# %% ../nbs/04_folders.ipynb #7c8a5bd5
-def _inside(name, archive):  # the path of a member below the target
-    path = PureWindowsPath(name)
-    if path.anchor or '..' in path.parts or not name.isprintable():
-        raise DataError(f'{archive} has the member {name!r}, which leads out of the folder or is no name: do not trust this archive.')
-    return Path(*path.parts)
+def _linked_file(m, files):
+    if m.issym():
+        return files.get(posixpath.normpath(posixpath.join(posixpath.dirname(m.name), m.linkname)))
+    return files.get(posixpath.normpath(m.linkname)) if m.islnk() else None
 
+# %% ../nbs/04_folders.ipynb #7c8a5bd5
 def unpack(
-    archive, # .zip, .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz
-    target,  # folder to unpack into; may hold other things
-):           # the folder
-    "Unpack an archive, or see that it was done. Raises `DataError` before anything is written where a member leads out of the folder."
+    archive: Path | str,  # .zip, .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz
+    target: Path | str,  # folder to unpack into; may hold other things
+) -> Path:  # the folder
+    """Unpack an archive unless that is already done.
+
+    Raises `DataError` before anything is written where a member leads out of the folder."""
     archive, target = Path(archive), Path(target)
     if not archive.is_file():
         raise DataError(f'{archive} is missing: give the path of an archive.')
-    done, state = target/f'.{archive.name}.unpacked', f'{archive.stat().st_size} {archive.stat().st_mtime_ns}'
+    done, info = target/f'.{archive.name}.unpacked', archive.stat()
+    state = f'{info.st_size} {info.st_mtime_ns}'
     if done.is_file() and done.read_text() == state:
         return target
     try:
         with _opened(archive) as members:
-            _write_members([(_inside(name, archive), size, opener) for name, size, opener in members], archive, target)
+            _write_members(_inside(members, archive), archive, target)
     except DataError:
         raise
     except Exception as e:
@@ -334,16 +444,32 @@ def unpack(
         part.write_text(state)
     return target
 
+# %% ../nbs/04_folders.ipynb #28cbc141
+def _inside(members, archive):
+    inside = []
+    for name, size, opener in members:
+        path = PureWindowsPath(name)
+        if path.anchor or '..' in path.parts or not name.isprintable():
+            raise DataError(f'{archive} has the member {name!r}, which leads out of the folder '
+                            'or is no name: do not trust this archive.')
+        inside.append((Path(*path.parts), size, opener))
+    return inside
+
+# %% ../nbs/04_folders.ipynb #4da4b682
 def _write_members(members, archive, target):
     total = sum(size for _, size, _ in members)
     target.mkdir(parents=True, exist_ok=True)
     if total > shutil.disk_usage(target).free:
-        raise DataError(f'{archive} needs {total/1e9:.1f} GB, more than is free in {target}: choose another place.')
+        raise DataError(f'{archive} needs {total/1e9:.1f} GB, more than is free in {target}: '
+                        'choose another place.')
     with tqdm(total=total, unit='B', unit_scale=True, desc=archive.name) as bar:
         for path, size, opener in members:
-            if opener is None:
-                (target/path).mkdir(parents=True, exist_ok=True)
-            else:
-                with opener() as f, atomic(target/path) as part, part.open('wb') as g:
-                    shutil.copyfileobj(f, g, 1 << 20)
+            _write_member(target/path, opener)
             bar.update(size)
+
+def _write_member(path, opener):
+    if opener is None:
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    with opener() as f, atomic(path) as part, part.open('wb') as g:
+        shutil.copyfileobj(f, g, length=2**20)
