@@ -86,7 +86,7 @@ def check_classes(
             report(f'{path} has a space in the class {name!r}: write {"_".join(name.split())!r}, '
                    'because spaces separate the tags in tags.csv.')
 
-# %% ../nbs/00_data.ipynb #a87ea2db
+# %% ../nbs/00_data.ipynb #87ea2db2
 def read_classes(
     root: Path | str,  # dataset folder
     report: Callable[[str], None] = raise_problem,  # receives each problem
@@ -160,7 +160,7 @@ def _add_row(tags, where, cells, index, report):
     known = torch.tensor([index[word] for word in words if word in index], dtype=torch.long)
     tags[name] = torch.zeros(len(index)).index_fill_(0, known, 1.)
 
-# %% ../nbs/00_data.ipynb #e9afcdfd
+# %% ../nbs/00_data.ipynb #0e9afcdf
 def image_id(
     name: str,  # id of an image, or the name of its file
     where: str,  # file and line of the name, for the message
@@ -226,7 +226,7 @@ def image_files(
             files[f.stem] = f
     return files
 
-# %% ../nbs/00_data.ipynb #a24da5df
+# %% ../nbs/00_data.ipynb #24da5df3
 def split_ids(
     root: Path | str,  # dataset folder
     split: str,  # name of the list
@@ -249,7 +249,7 @@ def split_ids(
             report(f'{path} lists {i!r} {count} times: once is enough.')
     return ids
 
-# %% ../nbs/00_data.ipynb #d5cde3c6
+# %% ../nbs/00_data.ipynb #5cde3c6e
 def match_split(
     root: Path | str, split: str, ids: list[str], tags: dict, files: dict[str, Path],
     report: Callable[[str], None] = raise_problem,  # receives each problem
@@ -262,7 +262,7 @@ def match_split(
         elif i not in tags:
             report(f'{root/"tags.csv"} has no row for image {i!r}: add one (tags may be empty).')
 
-# %% ../nbs/00_data.ipynb #36216cef
+# %% ../nbs/00_data.ipynb #6216cef2
 def match_rows(
     root: Path | str, tags: dict, files: dict[str, Path],
     report: Callable[[str], None] = raise_problem,  # receives each problem
@@ -288,7 +288,7 @@ def _upright(path, formats=FORMATS, edge=0):
         ImageOps.exif_transpose(im, in_place=True)
         return im
 
-# %% ../nbs/00_data.ipynb #2a398e0e
+# %% ../nbs/00_data.ipynb #a398e0e0
 @contextmanager
 def _reading(path, what, advice):
     try:
@@ -352,7 +352,7 @@ def voc_palette(n: int = 256) -> np.ndarray:  # (n, 3) uint8
     bits = [(numbers >> (3*k + np.arange(3))) & 1 for k in range(8)]
     return sum(bit << (7 - k) for k, bit in enumerate(bits)).astype(np.uint8)
 
-# %% ../nbs/00_data.ipynb #089bc938
+# %% ../nbs/00_data.ipynb #89bc938a
 def write_mask(
     path: Path | str,  # .png
     mask: np.ndarray,  # (H, W) class numbers
@@ -381,7 +381,7 @@ def check(
             if found:
                 raise_problem(found[0])
 
-# %% ../nbs/00_data.ipynb #c8845b96
+# %% ../nbs/00_data.ipynb #8845b96a
 def file_problems(
     image: Path,
     mask: Path | None,
@@ -401,7 +401,7 @@ def file_problems(
         problems += _mask_problems(mask, content[read_mask], content.get(read_image), classes)
     return problems
 
-# %% ../nbs/00_data.ipynb #ebda5439
+# %% ../nbs/00_data.ipynb #bda5439b
 def _mask_problems(path, values, image, classes):
     problems, (h, w) = [], values.shape
     if image is not None and image.size != (w, h):
@@ -443,9 +443,9 @@ def _register(function, kernel):
     def move(x, *args, **kwargs):
         return tv_tensors.wrap(kernel(x.as_subclass(Tensor), *args, **kwargs), like=x)
 
+F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
 for name in ('resize', 'horizontal_flip', 'pad', 'crop'):
     _register(getattr(F, name), getattr(F, f'{name}_image'))
-F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
 
 # %% ../nbs/00_data.ipynb #db46372a
 def augmentation(
@@ -466,7 +466,7 @@ def augmentation(
 
 def _add_opacity(x): return tv_tensors.Image(torch.cat([x, torch.full_like(x[:1], 255)]))
 
-# %% ../nbs/00_data.ipynb #4ebc023e
+# %% ../nbs/00_data.ipynb #ebc023e2
 def normalise(image: Image.Image | Tensor) -> Tensor:  # (3, H, W) float
     "Convert an RGB image to the normalised tensor that networks take."
     return F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), MEAN, STD)
