@@ -86,7 +86,7 @@ def check_classes(
             report(f'{path} has a space in the class {name!r}: write {"_".join(name.split())!r}, '
                    'because spaces separate the tags in tags.csv.')
 
-# %% ../nbs/00_data.ipynb #87ea2db2
+# %% ../nbs/00_data.ipynb #a87ea2db
 def read_classes(
     root: Path | str,  # dataset folder
     report: Callable[[str], None] = raise_problem,  # receives each problem
@@ -160,7 +160,7 @@ def _add_row(tags, where, cells, index, report):
     known = torch.tensor([index[word] for word in words if word in index], dtype=torch.long)
     tags[name] = torch.zeros(len(index)).index_fill_(0, known, 1.)
 
-# %% ../nbs/00_data.ipynb #0e9afcdf
+# %% ../nbs/00_data.ipynb #e9afcdfd
 def image_id(
     name: str,  # id of an image, or the name of its file
     where: str,  # file and line of the name, for the message
@@ -194,15 +194,25 @@ class TagFolder:
         self.tags = torch.stack([tags[i] for i in self.ids])
 
     def __len__(self): return len(self.ids)
-    def image(self, i: int, edge: int = 0) -> Image.Image:  # RGB
+    def image(self, i: int, edge: int = 0) -> Image.Image:
+        "Read picture `i` in RGB; with `edge` as `read_image` does."
         return read_image(self.files[self.ids[i]], edge)
-    def mask_path(self, i: int) -> Path: return self.root/'SegmentationClass'/f'{self.ids[i]}.png'
-    def mask(self, i: int) -> np.ndarray: return read_mask(self.mask_path(i))  # (H, W) uint8
-    def saliency_path(self, i: int) -> Path: return self.root/'Saliency'/f'{self.ids[i]}.png'
+    def mask_path(self, i: int) -> Path:
+        "The path of mask `i`, whether it exists or not."
+        return self.root/'SegmentationClass'/f'{self.ids[i]}.png'
+    def mask(self, i: int) -> np.ndarray:  # (H, W) uint8
+        "Read mask `i`."
+        return read_mask(self.mask_path(i))
+    def saliency_path(self, i: int) -> Path:
+        "The path of saliency map `i`, whether it exists or not."
+        return self.root/'Saliency'/f'{self.ids[i]}.png'
     def saliency(self, i: int, size: tuple[int, int] | None = None) -> Tensor:  # (1, H, W) in 0..1
+        "Read saliency map `i`; with `size` as `read_saliency` does."
         return read_saliency(self.saliency_path(i), size)
     @property
-    def has_masks(self) -> bool: return all(self.mask_path(i).is_file() for i in range(len(self)))
+    def has_masks(self) -> bool:
+        "True if every image has a mask."
+        return all(self.mask_path(i).is_file() for i in range(len(self)))
 
 # %% ../nbs/00_data.ipynb #eeaadefe
 def image_files(
@@ -226,7 +236,7 @@ def image_files(
             files[f.stem] = f
     return files
 
-# %% ../nbs/00_data.ipynb #24da5df3
+# %% ../nbs/00_data.ipynb #a24da5df
 def split_ids(
     root: Path | str,  # dataset folder
     split: str,  # name of the list
@@ -249,7 +259,7 @@ def split_ids(
             report(f'{path} lists {i!r} {count} times: once is enough.')
     return ids
 
-# %% ../nbs/00_data.ipynb #5cde3c6e
+# %% ../nbs/00_data.ipynb #d5cde3c6
 def match_split(
     root: Path | str, split: str, ids: list[str], tags: dict, files: dict[str, Path],
     report: Callable[[str], None] = raise_problem,  # receives each problem
@@ -262,7 +272,7 @@ def match_split(
         elif i not in tags:
             report(f'{root/"tags.csv"} has no row for image {i!r}: add one (tags may be empty).')
 
-# %% ../nbs/00_data.ipynb #6216cef2
+# %% ../nbs/00_data.ipynb #36216cef
 def match_rows(
     root: Path | str, tags: dict, files: dict[str, Path],
     report: Callable[[str], None] = raise_problem,  # receives each problem
@@ -288,7 +298,7 @@ def _upright(path, formats=FORMATS, edge=0):
         ImageOps.exif_transpose(im, in_place=True)
         return im
 
-# %% ../nbs/00_data.ipynb #a398e0e0
+# %% ../nbs/00_data.ipynb #2a398e0e
 @contextmanager
 def _reading(path, what, advice):
     try:
@@ -352,7 +362,7 @@ def voc_palette(n: int = 256) -> np.ndarray:  # (n, 3) uint8
     bits = [(numbers >> (3*k + np.arange(3))) & 1 for k in range(8)]
     return sum(bit << (7 - k) for k, bit in enumerate(bits)).astype(np.uint8)
 
-# %% ../nbs/00_data.ipynb #89bc938a
+# %% ../nbs/00_data.ipynb #089bc938
 def write_mask(
     path: Path | str,  # .png
     mask: np.ndarray,  # (H, W) class numbers
@@ -381,7 +391,7 @@ def check(
             if found:
                 raise_problem(found[0])
 
-# %% ../nbs/00_data.ipynb #8845b96a
+# %% ../nbs/00_data.ipynb #c8845b96
 def file_problems(
     image: Path,
     mask: Path | None,
@@ -401,7 +411,7 @@ def file_problems(
         problems += _mask_problems(mask, content[read_mask], content.get(read_image), classes)
     return problems
 
-# %% ../nbs/00_data.ipynb #bda5439b
+# %% ../nbs/00_data.ipynb #ebda5439
 def _mask_problems(path, values, image, classes):
     problems, (h, w) = [], values.shape
     if image is not None and image.size != (w, h):
@@ -466,7 +476,7 @@ def augmentation(
 
 def _add_opacity(x): return tv_tensors.Image(torch.cat([x, torch.full_like(x[:1], 255)]))
 
-# %% ../nbs/00_data.ipynb #ebc023e2
+# %% ../nbs/00_data.ipynb #4ebc023e
 def normalise(image: Image.Image | Tensor) -> Tensor:  # (3, H, W) float
     "Convert an RGB image to the normalised tensor that networks take."
     return F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), MEAN, STD)
@@ -501,13 +511,13 @@ class TrainingViews(Dataset):
             raise ValueError('masks have the size of the stored image: leave out edge.')
         self.folder, self.transform, self.seed = folder, transform, seed
         self.masks, self.saliency, self.edge = masks, saliency, edge
-
     def __len__(self): return len(self.folder)
     def __getitem__(self, key: tuple[int, int]) -> dict: return self.finish(self._item(*key))
     def __getitems__(self, keys: list) -> list[dict]:  # for a `DataLoader`: images still in bytes
         return [self._item(*key) for key in keys]
-    def finish(self, batch: dict) -> dict: return {**batch, 'image': finish_batch(batch['image'])}
-
+    def finish(self, batch: dict) -> dict:
+        "Apply `finish_batch` to the images of a batch, or to one item."
+        return {**batch, 'image': finish_batch(batch['image'])}
     def _item(self, epoch, i):
         views = self._load(i)
         with torch.random.fork_rng(devices=[]):
@@ -515,7 +525,6 @@ class TrainingViews(Dataset):
             moved = self.transform(*views.values())
         moved = moved if len(views) > 1 else [moved]
         return {'tags': self.folder.tags[i], 'index': i} | dict(zip(views, moved))
-
     def _load(self, i):
         views = {'image': self.folder.image(i, self.edge)}
         if self.masks is not None:

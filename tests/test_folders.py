@@ -172,7 +172,7 @@ def test_wrong_checksum_in_a_zip(tmp_path):
 
 
 def test_unpacked_once(tmp_path):
-    "A second call writes nothing, an archive that changed is unpacked again, and two archives share a folder."
+    "A second call writes nothing; a changed archive is unpacked again; two may share a folder."
     archive, out = zipped(tmp_path/'a.zip', ('a', 'one')), tmp_path/'out'
     unpack(archive, out)
     (out/'a').write_text('mine')
