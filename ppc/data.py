@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'FORMATS', 'MEAN', 'STD', 'DataError', 'raise_problem', 'atomic', 'read_lines', 'check_classes',
            'read_classes', 'read_rows', 'read_tags', 'image_id', 'TagFolder', 'image_files', 'split_ids', 'match_split',
            'match_rows', 'read_image', 'read_mask', 'read_saliency', 'voc_palette', 'write_mask', 'check',
-           'file_problems', 'RandomLongEdge', 'Saliency', 'normalise', 'augmentation', 'finish_batch', 'derive_seed',
+           'file_problems', 'RandomLongEdge', 'Saliency', 'augmentation', 'normalise', 'finish_batch', 'derive_seed',
            'TrainingViews']
 
 # %% ../nbs/00_data.ipynb #fab55258
@@ -14,12 +14,15 @@ import csv
 import math
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -27,18 +30,16 @@ from torchvision.transforms.v2 import functional as F
 
 # %% ../nbs/00_data.ipynb #4724eef3
 class DataError(ValueError):
-    "Something in a dataset folder, or in a file made from it, is wrong; the message names the file and what to do."
+    "A dataset folder or a file made from it is unusable; the message says which and what to do."
 
-def raise_problem(problem):
-    "Raise the `DataError` of a problem told in a sentence."
+def raise_problem(problem: str) -> NoReturn:
+    "Raise `DataError` with the sentence `problem` as its message."
     raise DataError(problem)
 
 # %% ../nbs/00_data.ipynb #4cc90777
 @contextmanager
-def atomic(
-    path, # where the file shall be
-):  # yields the temporary path to write to
-    "Write to the path given; on leaving without an error it becomes `path` in one step."
+def atomic(path: Path | str) -> Iterator[Path]:
+    "Yield a temporary path to write to; rename it to `path` if the block ends without an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
@@ -50,114 +51,138 @@ def atomic(
 
 # %% ../nbs/00_data.ipynb #cd62efd5
 def read_lines(
-    path,         # text file
-    what,         # it should hold, in words
-    wrong=raise_problem, # told of each problem
-) -> list:        # lines without the space around them; none where the file cannot be read
-    "A text file in UTF-8, with or without byte-order mark, with the line ends of any system."
+    path: Path,  # text file
+    what: str,  # what the file should hold, for the message
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+) -> list[str]:  # stripped lines, at least one; no lines if the file cannot be read
+    "Read a text file in UTF-8, with or without byte-order mark, with the line ends of any system."
     if not path.is_file():
-        return wrong(f'{path} is missing: it should hold {what}.') or []
+        report(f'{path} is missing: it should hold {what}.')
+        return []
     try:
         text = path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
-        return wrong(f'{path} cannot be read as UTF-8 text ({e}): save it again as UTF-8.') or []
+        report(f'{path} cannot be read as UTF-8 text ({e}): save it again as UTF-8.')
+        return []
     return [line.strip() for line in text.splitlines()] or ['']
 
 # %% ../nbs/00_data.ipynb #5441a15e
 def check_classes(
-    names,        # background first
-    path,         # of the file they stand in, for the messages
-    wrong=raise_problem, # told of each problem
+    names: list[str],  # background first
+    path: Path,  # file that holds the names, for the messages
+    report: Callable[[str], None] = raise_problem,  # receives each problem
 ):
-    "Class names must be at least two, different, without spaces, and no more than a mask can hold."
+    "Report class names that are too few, too many for a mask, repeated, empty or contain a space."
     counts = Counter(names)
     if not 2 <= len(counts) <= 255:
-        wrong(f'{path} names {len(counts)} classes: it needs background and at least one more, 255 at most.')
-    for n, k in counts.items():
-        if k > 1:
-            wrong(f'{path} names {n!r} more than once: each name may stand there once.')
-        if not n.strip():
-            wrong(f'{path} has a class without a name: give it one.')
-        if len(n.split()) > 1:
-            wrong(f'{path} has a space in the class {n!r}: write {"_".join(n.split())!r}, for spaces part the tags in tags.csv.')
+        report(f'{path} names {len(counts)} classes: '
+               'it needs background and at least one more, 255 at most.')
+    for name, count in counts.items():
+        if count > 1:
+            report(f'{path} names {name!r} more than once: each name may appear only once.')
+        if not name.strip():
+            report(f'{path} has a class without a name: give it one.')
+        if len(name.split()) > 1:
+            report(f'{path} has a space in the class {name!r}: write {"_".join(name.split())!r}, '
+                   'because spaces separate the tags in tags.csv.')
 
+# %% ../nbs/00_data.ipynb #a87ea2db
 def read_classes(
-    root,         # dataset folder
-    wrong=raise_problem, # told of each problem
-) -> list:        # names, background first
-    "The class names in `classes.txt`. Raises `DataError` when it is missing or `check_classes` finds something."
+    root: Path | str,  # dataset folder
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+) -> list[str]:  # different names, background first
+    "Read the class names in `classes.txt`. Raises `DataError` if it is missing or one is invalid."
     path = Path(root)/'classes.txt'
-    lines = read_lines(path, 'one class name per line, background first', wrong)
-    names = [n for n in lines if n]
+    lines = read_lines(path, 'one class name per line, background first', report)
+    names = [line for line in lines if line]
     if lines:
-        check_classes(names, path, wrong)
-    return [*dict.fromkeys(names)]
+        check_classes(names, path, report)
+    return list(dict.fromkeys(names))
 
 # %% ../nbs/00_data.ipynb #11fdd50b
+def _delimiter(header):
+    "The column separator that occurs more often in the first line; a comma if both occur equally."
+    return ';' if header.count(';') > header.count(',') else ','
+
 def read_rows(
-    path,         # CSV file
-    what,         # it should hold, in words
-    wrong=raise_problem, # told of each problem
-) -> list:        # (line number, cells) of each row that is not empty, the header first
-    "A spreadsheet saved as CSV, separated by whichever of comma and semicolon its first line has more of."
-    lines = read_lines(path, what, wrong)
-    rows = csv.reader(lines, delimiter=max(',;', key=''.join(lines[:1]).count))
+    path: Path,  # CSV file
+    what: str,  # what the file should hold, for the message
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+) -> list[tuple[int, list[str]]]:  # (line number, cells) of rows that are not empty
+    "Read a spreadsheet saved as CSV, with commas or semicolons between the columns."
+    lines = read_lines(path, what, report)
+    reader = csv.reader(lines, delimiter=_delimiter(lines[0] if lines else ''))
     try:
-        return [(rows.line_num, [c.strip() for c in row]) for row in rows if any(c.strip() for c in row)]
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as e:
-        return wrong(f'{path} line {rows.line_num} cannot be read as CSV ({e}): save the spreadsheet again.') or []
+        report(f'{path} line {reader.line_num} cannot be read as CSV ({e}): '
+               'save the spreadsheet again.')
+        return []
+    return [(line, cells) for line, cells in rows if any(cells)]
 
 # %% ../nbs/00_data.ipynb #cafa6866
+ENDINGS = ('.jpg', '.jpeg', '.png')  # of pictures
+
 def read_tags(
-    root,         # dataset folder
-    classes,      # names, background first; without any, tags are not looked up
-    wrong=raise_problem, # told of each problem
-) -> dict:        # id -> (C,) float {0,1}, foreground classes only
-    "The rows `image,tags` of `tags.csv`; tags are separated by spaces, a file ending in the first column is ignored."
-    path, index, tags = Path(root)/'tags.csv', {c: i for i, c in enumerate(classes[1:])}, {}
-    rows = read_rows(path, 'a row "image,tags" for each image', wrong)
-    if path.is_file() and [cells for _, cells in rows[:1]] != [['image', 'tags']]:
-        wrong(f'{path} line 1 should read "image,tags".')
+    root: Path | str,  # dataset folder
+    classes: list[str],  # names, background first; without any, tags are not looked up
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+) -> dict[str, Tensor]:  # id -> (C,) float {0,1}, foreground classes only
+    "Read the rows `image,tags` of `tags.csv`; spaces separate the tags, a file ending is ignored."
+    path = Path(root)/'tags.csv'
+    rows = read_rows(path, 'a row "image,tags" for each image', report)
+    header = rows[0][1] if rows else None
+    if path.is_file() and header != ['image', 'tags']:
+        report(f'{path} line 1 should read "image,tags".')
     elif len(rows) == 1:
-        wrong(f'{path} has no row but the first: add one for each image.')
-    for n, cells in rows[1:]:
-        _add_row(tags, f'{path} line {n}', cells, index, wrong)
+        report(f'{path} has no row but the first: add one for each image.')
+    index = {name: i for i, name in enumerate(classes[1:])}
+    tags = {}
+    for line, cells in rows[1:]:
+        _add_row(tags, f'{path} line {line}', cells, index, report)
     return tags
 
 # %% ../nbs/00_data.ipynb #0f9cfda3
-def _add_row(tags, where, cells, index, wrong):
+def _add_row(tags, where, cells, index, report):
     if len(cells) != 2:
-        return wrong(f'{where} has {len(cells)} columns: it should read "image,tag tag".')
-    name, words = image_id(cells[0], where, wrong), cells[1].split()
+        report(f'{where} has {len(cells)} columns: it should read "image,tag tag".')
+        return
+    name = image_id(cells[0], where, report)
     if name is None:
         return
     if name in tags:
-        wrong(f'{where} repeats image {name!r}: join its tags in one row.')
-    for w in words:
-        if index and w not in index:
-            wrong(f'{where} has the tag {w!r}, which is not in classes.txt ({" ".join(index)}; its first line is the background).')
-    there = [index[w] for w in words if w in index]
-    tags[name] = torch.zeros(len(index)).index_fill_(0, torch.tensor(there, dtype=torch.long), 1.)
+        report(f'{where} repeats image {name!r}: join its tags in one row.')
+    words = cells[1].split()
+    for word in words:
+        if index and word not in index:
+            report(f'{where} has the tag {word!r}, which is not in classes.txt '
+                   f'({" ".join(index)}; its first line is the background).')
+    known = torch.tensor([index[word] for word in words if word in index], dtype=torch.long)
+    tags[name] = torch.zeros(len(index)).index_fill_(0, known, 1.)
 
-ENDINGS = ('.jpg', '.jpeg', '.png')
-
+# %% ../nbs/00_data.ipynb #e9afcdfd
 def image_id(
-    name,         # id of an image, or the name of its file
-    where,        # it stands
-    wrong=raise_problem, # told of a name that is none
-) -> str:         # None for those
-    "The name without its ending."
-    if {*name} & {*'/\\'} or not name.strip('.'):
-        return wrong(f'{where} has {name!r}: an image goes by the name of its file in JPEGImages, without any folder.')
+    name: str,  # id of an image, or the name of its file
+    where: str,  # file and line of the name, for the message
+    report: Callable[[str], None] = raise_problem,  # receives a name that is not an id
+) -> str | None:  # None for such a name
+    "Remove the ending of an image's file name. Raises `DataError` if the name contains a folder."
+    if '/' in name or '\\' in name or not name.strip('.'):
+        report(f'{where} has {name!r}: an image goes by the name of its file in JPEGImages, '
+               'without any folder.')
+        return None
     stem, ending = os.path.splitext(name)
     return stem if ending.lower() in ENDINGS else name
 
 # %% ../nbs/00_data.ipynb #42cb1de8
 class TagFolder:
-    "One split of a dataset folder: `ids`, `classes` (background first) and `tags` (N, C). Raises `DataError`."
-    def __init__(self,
-        root,            # dataset folder
-        split='train',   # a file in ImageSets without .txt; 'train' is every image where there is no such folder
+    """One split of a dataset folder: `ids`, `classes` (background first) and `tags` (N, C).
+
+    Raises `DataError` when a file, an id or a row is missing or invalid."""
+    def __init__(
+        self,
+        root: Path | str,  # dataset folder
+        split: str = 'train',  # ImageSets/<split>.txt; without that folder 'train' is every image
     ):
         self.root, self.split = Path(root), split
         self.classes = read_classes(root)
@@ -169,138 +194,180 @@ class TagFolder:
         self.tags = torch.stack([tags[i] for i in self.ids])
 
     def __len__(self): return len(self.ids)
-    def image(self, i, edge=0): return read_image(self.files[self.ids[i]], edge)  # RGB picture of item i
-    def mask_path(self, i): return self.root/'SegmentationClass'/f'{self.ids[i]}.png'
-    def mask(self, i): return read_mask(self.mask_path(i))          # (H, W) uint8 of item i
-    def saliency_path(self, i): return self.root/'Saliency'/f'{self.ids[i]}.png'
-    def saliency(self, i, size=None): return read_saliency(self.saliency_path(i), size)  # (1, H, W) in 0..1
+    def image(self, i: int, edge: int = 0) -> Image.Image:
+        "Read picture `i` in RGB; with `edge` as `read_image` does."
+        return read_image(self.files[self.ids[i]], edge)
+    def mask_path(self, i: int) -> Path:
+        "The path of mask `i`, whether it exists or not."
+        return self.root/'SegmentationClass'/f'{self.ids[i]}.png'
+    def mask(self, i: int) -> np.ndarray:  # (H, W) uint8
+        "Read mask `i`."
+        return read_mask(self.mask_path(i))
+    def saliency_path(self, i: int) -> Path:
+        "The path of saliency map `i`, whether it exists or not."
+        return self.root/'Saliency'/f'{self.ids[i]}.png'
+    def saliency(self, i: int, size: tuple[int, int] | None = None) -> Tensor:  # (1, H, W) in 0..1
+        "Read saliency map `i`; with `size` as `read_saliency` does."
+        return read_saliency(self.saliency_path(i), size)
     @property
-    def has_masks(self): return all(self.mask_path(i).is_file() for i in range(len(self)))
+    def has_masks(self) -> bool:
+        "True if every image has a mask."
+        return all(self.mask_path(i).is_file() for i in range(len(self)))
 
 # %% ../nbs/00_data.ipynb #eeaadefe
-def image_files(root, wrong=raise_problem): # id -> path
-    "The pictures in `JPEGImages`, each with a name of its own."
+def image_files(
+    root: Path | str,  # dataset folder
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+) -> dict[str, Path]:  # id -> path
+    "Find the pictures in `JPEGImages` and report two that share a name."
     folder, files = Path(root)/'JPEGImages', {}
     if not folder.is_dir():
-        return wrong(f'{folder} is missing: the photographs (.jpg or .png) belong there.') or files
+        report(f'{folder} is missing: the photographs (.jpg or .png) belong there.')
+        return files
     for f in sorted(folder.iterdir()):
         if f.suffix.lower() not in ENDINGS or f.name.startswith('.'):
             continue
         if not f.is_file():
-            wrong(f'{f} is a folder, or a link to a photograph that is no longer there: delete it, or put the photograph back.')
+            report(f'{f} is a folder, or a link to a photograph that is no longer there: '
+                   'delete it, or put the photograph back.')
         elif f.stem in files:
-            wrong(f'{f} and {files[f.stem].name} have the same name: rename one of them.')
+            report(f'{f} and {files[f.stem].name} have the same name: rename one of them.')
         else:
             files[f.stem] = f
     return files
 
-def split_ids(root, split, files, wrong=raise_problem): # list
-    "The ids in `ImageSets/<split>.txt`; all images are 'train' where there are no lists."
+# %% ../nbs/00_data.ipynb #a24da5df
+def split_ids(
+    root: Path | str,  # dataset folder
+    split: str,  # name of the list
+    files: dict[str, Path],  # as from `image_files`
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+) -> list[str]:  # ids
+    "Read the ids in `ImageSets/<split>.txt`; without that folder 'train' is every image."
     path = Path(root)/'ImageSets'/f'{split}.txt'
-    if not path.parent.is_dir() and split == 'train':
+    if split == 'train' and not path.parent.is_dir():
         ids = list(files)
     else:
-        lines = read_lines(path, f'the ids of the split {split!r}, one per line', wrong)
-        ids = [i for n, l in enumerate(lines, 1) if l and (i := image_id(l, f'{path} line {n}', wrong)) is not None]
+        lines = read_lines(path, f'the ids of the split {split!r}, one per line', report)
+        names = [image_id(line, f'{path} line {n}', report)
+                 for n, line in enumerate(lines, 1) if line]
+        ids = [name for name in names if name is not None]
     if not ids:
-        wrong(f'The split {split!r} of {root} is empty: list at least one image.')
-    for i, k in Counter(ids).items():
-        if k > 1:
-            wrong(f'{path} lists {i!r} {k} times: once is enough.')
+        report(f'The split {split!r} of {root} is empty: list at least one image.')
+    for i, count in Counter(ids).items():
+        if count > 1:
+            report(f'{path} lists {i!r} {count} times: once is enough.')
     return ids
 
-def match_split(root, split, ids, tags, files, wrong=raise_problem):
-    "Every id has a picture and a row."
+# %% ../nbs/00_data.ipynb #d5cde3c6
+def match_split(
+    root: Path | str, split: str, ids: list[str], tags: dict, files: dict[str, Path],
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+):
+    "Report every id of a split that lacks a picture or a row."
+    root = Path(root)
     for i in ids:
         if i not in files:
-            wrong(f'{Path(root)/"JPEGImages"/i}.jpg is missing, but the split {split!r} lists it.')
+            report(f'{root/"JPEGImages"/i}.jpg is missing, but the split {split!r} lists it.')
         elif i not in tags:
-            wrong(f'{Path(root)/"tags.csv"} has no row for image {i!r}: add one (tags may be empty).')
+            report(f'{root/"tags.csv"} has no row for image {i!r}: add one (tags may be empty).')
 
-def match_rows(root, tags, files, wrong=raise_problem):
-    "Every row has a picture."
+# %% ../nbs/00_data.ipynb #36216cef
+def match_rows(
+    root: Path | str, tags: dict, files: dict[str, Path],
+    report: Callable[[str], None] = raise_problem,  # receives each problem
+):
+    "Report every row of `tags.csv` that lacks a picture."
+    root = Path(root)
     for i in tags:
         if i not in files:
-            wrong(f'{Path(root)/"tags.csv"} has a row for {i!r}, but {Path(root)/"JPEGImages"/i}.jpg is missing.')
+            report(f'{root/"tags.csv"} has a row for {i!r}, '
+                   f'but {root/"JPEGImages"/i}.jpg is missing.')
 
 # %% ../nbs/00_data.ipynb #3b82b05d
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # whatever the ending says
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # tried for every file, whatever its ending
 
 def _upright(path, formats=FORMATS, edge=0):
     with Image.open(path, formats=formats) as im:
         if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f'{im.width}x{im.height} are more than {Image.MAX_IMAGE_PIXELS} pixels')
+            limit = Image.MAX_IMAGE_PIXELS
+            raise ValueError(f'{im.width}x{im.height} are more than {limit} pixels')
         if edge:
             im.draft(None, [math.ceil(n*edge/max(im.size)) for n in im.size])
         im.load()
         ImageOps.exif_transpose(im, in_place=True)
         return im
 
+# %% ../nbs/00_data.ipynb #2a398e0e
 @contextmanager
 def _reading(path, what, advice):
     try:
         yield
     except DataError:
         raise
-    except Exception as e:
-        raise DataError(f'{path} cannot be read as {what} ({e}): {advice}.') from None   # Pillow's plugins raise all sorts
+    except Exception as e:  # Pillow's plugins raise many kinds
+        raise DataError(f'{path} cannot be read as {what} ({e}): {advice}.') from None
 
 # %% ../nbs/00_data.ipynb #9ba8b138
 def read_image(
-    path,   # .jpg or .png
-    edge=0, # the longer edge may come out smaller than stored, but not than this; 0: as stored
-):          # RGB picture, upright
-    "A photograph as an RGB `PIL.Image`, on white where it is transparent. Raises `DataError` when it cannot be read."
+    path: Path | str,  # .jpg or .png
+    edge: int = 0,  # a JPEG may be decoded smaller, its longer edge not below this; 0: as stored
+) -> Image.Image:  # RGB, upright, on white where it is transparent
+    "Read a photograph. Raises `DataError` when it cannot be read."
     with _reading(path, 'an image', 'replace it or take it out of the lists'):
         im = _upright(path, edge=edge)
-        if im.mode[0] == 'I':
-            return Image.fromarray((np.asarray(im)/257).round().astype(np.uint8)).convert('RGB')   # 16 bit
-        if im.has_transparency_data:
+        if im.mode.startswith('I'):  # 16 bits
+            im = Image.fromarray((np.asarray(im)/257).round().astype(np.uint8))
+        elif im.has_transparency_data:
             im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
         return im if im.mode == 'RGB' else im.convert('RGB')
 
 # %% ../nbs/00_data.ipynb #b3e53e41
-def read_mask(
-    path, # palette or grey .png
-):        # (H, W) uint8 class numbers
-    "A mask as an array of class numbers. Raises `DataError` when it cannot be read."
+def read_mask(path: Path | str) -> np.ndarray:  # (H, W) uint8
+    "Read a palette or grey PNG as class numbers. Raises `DataError` when it cannot be read."
     with _reading(path, 'a mask', 'make it again, as a palette or grey PNG'):
         mask = np.array(_upright(path, ('PNG',)))
     if mask.ndim != 2:
-        raise DataError(f'{path} is a colour image: a mask is a palette or grey PNG of class numbers.')
+        raise DataError(f'{path} is a colour image: '
+                        'a mask is a palette or grey PNG of class numbers.')
     if mask.max() > 255:
-        raise DataError(f'{path} has the value {mask.max()}: a mask has class numbers, and 255 for unknown.')
+        raise DataError(f'{path} has the value {mask.max()}: '
+                        'a mask has class numbers, and 255 for unknown.')
     return mask.astype(np.uint8)
 
 # %% ../nbs/00_data.ipynb #c1892549
 def read_saliency(
-    path,      # 8-bit .png or .jpg, grey or colour
-    size=None, # (width, height) to bring it to; None: its own
-):             # (1, H, W) float in 0..1
-    "A saliency map, the mean of its channels. Raises `DataError` when it is missing or cannot be read."
+    path: Path | str,  # 8-bit .png or .jpg, grey or colour
+    size: tuple[int, int] | None = None,  # (width, height) to resize to; None: as stored
+) -> Tensor:  # (1, H, W) float in 0..1
+    "Read a saliency map, the mean of its channels. Raises `DataError` when it cannot be read."
     if not Path(path).is_file():
-        raise DataError(f'{path} is missing: EPS needs a saliency map of each image, black to white.')
+        raise DataError(f'{path} is missing: '
+                        'EPS needs a saliency map of each image, black to white.')
     with _reading(path, 'a saliency map', 'make it again, or take its image out of the lists'):
         im = _upright(path)
-        if im.mode[0] == 'I':
-            raise DataError(f'{path} has more than 8 bits a pixel (mode {im.mode}): save it as an 8-bit grey PNG.')
+        if im.mode.startswith('I'):
+            raise DataError(f'{path} has more than 8 bits a pixel (mode {im.mode}): '
+                            'save it as an 8-bit grey PNG.')
         x = np.array(im if im.mode == 'L' else im.convert('RGB'), dtype=np.float32)
-    x = torch.from_numpy(x if x.ndim == 2 else x.mean(-1))[None]/255
-    return x if size in (None, x.shape[:0:-1]) else F.resize_image(x, size[::-1])
+    if x.ndim == 3:
+        x = x.mean(-1)
+    x = torch.from_numpy(x)[None]/255
+    return x if size is None or size == im.size else F.resize_image(x, size[::-1])
 
 # %% ../nbs/00_data.ipynb #efa3a73b
-def voc_palette(
-    n=256, # number of colours
-):         # (n, 3) uint8
-    "PASCAL VOC's colours: the bits of the class number, dealt out to red, green and blue from the top."
-    c = np.arange(n)[:, None]
-    return sum(((c >> (3*k + np.arange(3))) & 1) << (7 - k) for k in range(8)).astype(np.uint8)
+def voc_palette(n: int = 256) -> np.ndarray:  # (n, 3) uint8
+    "PASCAL VOC's colours: of every three bits of the class number, one each for R, G and B."
+    numbers = np.arange(n)[:, None]
+    bits = [(numbers >> (3*k + np.arange(3))) & 1 for k in range(8)]
+    return sum(bit << (7 - k) for k, bit in enumerate(bits)).astype(np.uint8)
 
+# %% ../nbs/00_data.ipynb #089bc938
 def write_mask(
-    path, # .png to write, atomically
-    mask, # (H, W) class numbers
+    path: Path | str,  # .png
+    mask: np.ndarray,  # (H, W) class numbers
 ):
-    "Write class numbers as a PNG with VOC's palette."
+    "Write class numbers as a PNG with VOC's palette, atomically."
     im = Image.fromarray(np.asarray(mask, dtype=np.uint8), mode=None).convert('P')
     im.putpalette(voc_palette().tobytes())
     with atomic(path) as part:
@@ -308,134 +375,161 @@ def write_mask(
 
 # %% ../nbs/00_data.ipynb #99761037
 def check(
-    folder,         # `TagFolder`
-    masks=False,    # also open the masks
-    workers=4,      # threads
-    saliency=False, # also open the saliency maps; unlike masks they may have sizes of their own
+    folder: TagFolder,
+    masks: bool = False,  # also open the masks
+    workers: int = 4,  # threads
+    saliency: bool = False,  # also open the saliency maps, which may differ in size from the image
 ):
-    "Open every image (and mask, and saliency map) of the split. Raises `DataError` at the first that cannot be used, in the split's order."
+    "Open every file of the split, in order. Raises `DataError` at the first that is unusable."
     def problems(i):
-        paths = [p if use else None for use, p in ((masks, folder.mask_path(i)), (saliency, folder.saliency_path(i)))]
-        return file_problems(folder.files[folder.ids[i]], *paths, folder.classes)
+        mask = folder.mask_path(i) if masks else None
+        saliency_map = folder.saliency_path(i) if saliency else None
+        image = folder.files[folder.ids[i]]
+        return file_problems(image, mask, saliency_map, folder.classes)
     with ThreadPoolExecutor(workers) as pool:
         for found in pool.map(problems, range(len(folder))):
             if found:
                 raise_problem(found[0])
 
+# %% ../nbs/00_data.ipynb #c8845b96
 def file_problems(
-    image,    # path
-    mask,     # path or None
-    saliency, # path or None
-    classes,  # names, background first; fewer than two where they are not known
-) -> list:    # sentences
+    image: Path,
+    mask: Path | None,
+    saliency: Path | None,
+    classes: list[str],  # background first; fewer than two if they are not known
+) -> list[str]:  # a sentence for each problem
     "Open the files of one image, to the last pixel."
-    found, read = [], {}
-    for reader, path in ((read_image, image), (read_saliency, saliency), (read_mask, mask)):
+    problems, content = [], {}
+    for read, path in ((read_image, image), (read_saliency, saliency), (read_mask, mask)):
+        if path is None:
+            continue
         try:
-            read[reader] = path and reader(path)
+            content[read] = read(path)
         except DataError as e:
-            found.append(str(e))
-    im, values = read.get(read_image), read.get(read_mask)
-    if values is None:
-        return found
-    if im and values.shape[::-1] != im.size:
-        found.append(f'{mask} is {values.shape[1]}x{values.shape[0]} but its image is {im.width}x{im.height}: they must agree.')
-    wrong = values[(values >= len(classes)) & (values != 255)]
-    if len(classes) > 1 and wrong.size:
-        found.append(f'{mask} has the value {wrong[0]}: classes.txt allows 0..{len(classes)-1}, and 255.')
-    return found
+            problems.append(str(e))
+    if read_mask in content:
+        problems += _mask_problems(mask, content[read_mask], content.get(read_image), classes)
+    return problems
+
+# %% ../nbs/00_data.ipynb #ebda5439
+def _mask_problems(path, values, image, classes):
+    problems, (h, w) = [], values.shape
+    if image is not None and image.size != (w, h):
+        problems.append(f'{path} is {w}x{h} but its image is {image.width}x{image.height}: '
+                        'they must agree.')
+    unknown = values[(values >= len(classes)) & (values != 255)]
+    if len(classes) > 1 and unknown.size:
+        problems.append(f'{path} has the value {unknown[0]}: '
+                        f'classes.txt allows 0..{len(classes)-1}, and 255.')
+    return problems
 
 # %% ../nbs/00_data.ipynb #7dcc92c8
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 class RandomLongEdge(v2.Transform):
-    "Resize image (bicubic), mask (nearest) and saliency (bilinear) so that the long edge is uniform in `lo`..`hi` pixels, or times its own length."
-    def __init__(self, lo, hi, relative=False):
+    "Resize the long edge to a random length in `lo`..`hi`, pixels or multiples of its own length."
+    def __init__(self, lo: float, hi: float, relative: bool = False):
         super().__init__()
         self.lo, self.hi, self.relative = lo, hi, relative
-    def make_params(self, inputs):
+    def make_params(self, inputs: list) -> dict:
         if self.relative:
             return {'edge': self.lo + (self.hi - self.lo)*torch.rand(()).item()}
         return {'edge': int(torch.randint(self.lo, self.hi + 1, ()))}
-    def transform(self, x, params):
+    def transform(self, x: Tensor | Image.Image, params: dict) -> Tensor | Image.Image:
         h, w = F.get_size(x)
         scale = params['edge'] if self.relative else params['edge']/max(h, w)
-        size = [max(1, round(s*scale)) for s in (h, w)]
-        how = {tv_tensors.Mask: v2.InterpolationMode.NEAREST, Saliency: v2.InterpolationMode.BILINEAR}
-        return F.resize(x, size, interpolation=how.get(type(x), v2.InterpolationMode.BICUBIC))
+        size = [max(1, round(side*scale)) for side in (h, w)]
+        modes = {tv_tensors.Mask: v2.InterpolationMode.NEAREST,
+                 Saliency: v2.InterpolationMode.BILINEAR}
+        mode = modes.get(type(x), v2.InterpolationMode.BICUBIC)
+        return F.resize(x, size, interpolation=mode)
 
 # %% ../nbs/00_data.ipynb #36cb0972
 class Saliency(tv_tensors.TVTensor):
     "A saliency map (1, H, W): moved like its image, never coloured or normalised."
 
+def _register(function, kernel):
+    @F.register_kernel(function, Saliency)
+    def move(x, *args, **kwargs):
+        return tv_tensors.wrap(kernel(x.as_subclass(Tensor), *args, **kwargs), like=x)
+
 F.register_kernel(F.get_size, Saliency)(lambda x: list(x.shape[-2:]))
-for f, kernel in {F.resize: F.resize_image, F.horizontal_flip: F.horizontal_flip_image, F.pad: F.pad_image, F.crop: F.crop_image}.items():
-    F.register_kernel(f, Saliency)(lambda x, *a, kernel=kernel, **kw: tv_tensors.wrap(kernel(x.as_subclass(torch.Tensor), *a, **kw), like=x))
+for name in ('resize', 'horizontal_flip', 'pad', 'crop'):
+    _register(getattr(F, name), getattr(F, f'{name}_image'))
 
 # %% ../nbs/00_data.ipynb #db46372a
-def normalise(
-    image, # `PIL.Image` in RGB
-):         # (3, H, W) float
-    "The tensor that networks see."
+def augmentation(
+    resize: tuple[float, float] = (448, 768),  # long edge in pixels, from..to
+    crop: int = 448,  # side of the square crop in pixels
+    jitter: tuple[float, ...] = (.3, .3, .3, .1),  # of brightness, contrast, saturation, hue
+    relative: bool = False,  # `resize` is a factor from..to on the image's own size; (1, 1): keep
+) -> v2.Compose:  # works on an image, or on an image with a mask, a saliency map, or both
+    """The paper's training augmentation, in bytes.
+
+    The fourth channel of the result is 0 outside the image; there the mask is 255."""
+    padding = {tv_tensors.Image: 0, tv_tensors.Mask: 255, Saliency: 0}
+    return v2.Compose([
+        RandomLongEdge(*resize, relative), v2.RandomHorizontalFlip(), v2.ColorJitter(*jitter),
+        v2.ToImage(), v2.Lambda(_add_opacity, tv_tensors.Image),
+        v2.RandomCrop(crop, pad_if_needed=True, fill=padding),
+    ])
+
+def _add_opacity(x): return tv_tensors.Image(torch.cat([x, torch.full_like(x[:1], 255)]))
+
+# %% ../nbs/00_data.ipynb #4ebc023e
+def normalise(image: Image.Image | Tensor) -> Tensor:  # (3, H, W) float
+    "Convert an RGB image to the normalised tensor that networks take."
     return F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), MEAN, STD)
 
-def augmentation(
-    resize=(448, 768),       # long edge in pixels, from..to
-    crop=448,                # side of the square crop in pixels
-    jitter=(.3, .3, .3, .1), # strength in brightness, contrast, saturation, hue
-    relative=False,          # resize is a factor from..to on the image's own size; (1, 1): left as it is
-):                           # works on an image, or on an image with a mask, a saliency map, or both
-    "The paper's training augmentation, in bytes. The image has a fourth channel, 0 outside of it; there the mask is 255."
-    return v2.Compose([
-        RandomLongEdge(*resize, relative), v2.RandomHorizontalFlip(), v2.ColorJitter(*jitter), v2.ToImage(), v2.Lambda(_opaque, tv_tensors.Image),
-        v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255, Saliency: 0})])
-
-def _opaque(x): return tv_tensors.Image(torch.cat([x, torch.full_like(x[:1], 255)]))
-
 def finish_batch(
-    x, # (..., 4, H, W) bytes, as from `augmentation`
-):     # (..., 3, H, W) float
-    "Normalised, and zero outside the image. For one image, or for a whole batch where it already is on the GPU."
+    x: Tensor,  # (..., 4, H, W) bytes, as from `augmentation`: one image, or a batch on any device
+) -> Tensor:  # (..., 3, H, W) float
+    "Normalise the image and set what is outside of it to zero."
     rgb = F.normalize(F.to_dtype(x[..., :3, :, :], torch.float32, scale=True), MEAN, STD)
     return torch.where(x[..., 3:, :, :] > 0, rgb, 0)
 
 # %% ../nbs/00_data.ipynb #cfe3312b
-def derive_seed(
-    *numbers, # any non-negative integers: seed, epoch, index, ...
-) -> int:     # 63 bits
-    "One seed from several numbers, such that neighbours have nothing in common."
+def derive_seed(*numbers: int) -> int:
+    "Derive one seed of 63 bits from non-negative integers, such as seed, epoch and index."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 # %% ../nbs/00_data.ipynb #abfa4546
 class TrainingViews(Dataset):
-    "Augmented items of a folder, addressed by (epoch, index): dict of image (3, S, S), tags (C,), index; mask (S, S) and saliency (1, S, S) if asked for. Batches are to be passed through `finish_batch`."
-    def __init__(self,
-        folder,    # `TagFolder`
-        transform, # as from `augmentation`
-        seed=0,    # of the whole run
-        masks=None,# folder of <id>.png to be transformed along
-        saliency=False, # the folder's saliency maps too, at the image's size
-        edge=0,    # the transform makes the longer edge at most so long, so large files need not be decoded whole; not with masks
+    """Augmented items of a folder, addressed by (epoch, index); batches need `finish_batch`.
+
+    Keys: image (3, S, S), tags (C,), index; on request mask (S, S) and saliency (1, S, S)."""
+    def __init__(
+        self,
+        folder: TagFolder,
+        transform: Callable,  # as from `augmentation`
+        seed: int = 0,  # of the whole run
+        masks: Path | str | None = None,  # folder of <id>.png, transformed with the images
+        saliency: bool = False,  # also the folder's saliency maps, at the image's size
+        edge: int = 0,  # largest long edge of the transform: large files are decoded smaller
     ):
         if edge and masks:
             raise ValueError('masks have the size of the stored image: leave out edge.')
-        self.folder, self.transform, self.seed, self.masks, self.saliency, self.edge = folder, transform, seed, masks, saliency, edge
-
+        self.folder, self.transform, self.seed = folder, transform, seed
+        self.masks, self.saliency, self.edge = masks, saliency, edge
     def __len__(self): return len(self.folder)
-    def __getitem__(self, key): return self.finish(self._item(*key))
-    def __getitems__(self, keys): return [self._item(*key) for key in keys]   # what a `DataLoader` asks for: images still in bytes
-    def finish(self, batch): return {**batch, 'image': finish_batch(batch['image'])}  # of a batch, or of one item
-
+    def __getitem__(self, key: tuple[int, int]) -> dict: return self.finish(self._item(*key))
+    def __getitems__(self, keys: list) -> list[dict]:  # for a `DataLoader`: images still in bytes
+        return [self._item(*key) for key in keys]
+    def finish(self, batch: dict) -> dict:
+        "Apply `finish_batch` to the images of a batch, or to one item."
+        return {**batch, 'image': finish_batch(batch['image'])}
     def _item(self, epoch, i):
-        item = {'tags': self.folder.tags[i], 'index': i}
+        views = self._load(i)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, epoch, i))
-            things = {'image': self.folder.image(i, self.edge)}
-            if self.masks is not None:
-                things['mask'] = self._mask(i)
-            if self.saliency:
-                things['saliency'] = Saliency(self.folder.saliency(i, things['image'].size))
-            moved = self.transform(*things.values())
-        return item | dict(zip(things, moved if len(things) > 1 else [moved]))
-
-    def _mask(self, i): return tv_tensors.Mask(torch.from_numpy(read_mask(Path(self.masks)/f'{self.folder.ids[i]}.png')))
+            moved = self.transform(*views.values())
+        moved = moved if len(views) > 1 else [moved]
+        return {'tags': self.folder.tags[i], 'index': i} | dict(zip(views, moved))
+    def _load(self, i):
+        views = {'image': self.folder.image(i, self.edge)}
+        if self.masks is not None:
+            mask = read_mask(Path(self.masks)/f'{self.folder.ids[i]}.png')
+            views['mask'] = tv_tensors.Mask(torch.from_numpy(mask))
+        if self.saliency:
+            views['saliency'] = Saliency(self.folder.saliency(i, views['image'].size))
+        return views

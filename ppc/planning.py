@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['missing_inputs', 'stage_rows', 'shortened', 'dry_run']
 
-# %% ../nbs/44_planning.ipynb #e29a6352
+# %% ../nbs/44_planning.ipynb #6e29a635
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .stages import Stage, stage_keys, stages
 from .training import Batches, read_log
 from .work import affinity_options, first_images, segmentation_recipe
 
-# %% ../nbs/44_planning.ipynb #b22f2c65
+# %% ../nbs/44_planning.ipynb #eb22f2c6
 def missing_inputs(
     methods: Iterable[str | Method],
     config: Config,
@@ -45,7 +45,7 @@ def _open_split(config, split, saliency):
     if saliency and split == config.cam.train_split:
         data.saliency(0)
 
-# %% ../nbs/44_planning.ipynb #38339fb5
+# %% ../nbs/44_planning.ipynb #438339fb
 def stage_rows(
     found: Iterable[Stage],
     lists: dict[str, TagFolder],  # by split
@@ -62,7 +62,7 @@ def stage_rows(
             rows.append(row)
     return rows
 
-# %% ../nbs/44_planning.ipynb #a9df046a
+# %% ../nbs/44_planning.ipynb #05834ea9
 def shortened(
     config: Config,
     lists: dict[str, TagFolder],  # by split
@@ -74,14 +74,15 @@ def shortened(
     batches = [o.batch_size for o in (c, affinity, recipe) if o]
     lists = {k: first_images(data, max(steps, *batches)) for k, data in lists.items()}
     def epochs(split, batch): return steps/Batches(len(lists[split]), batch, 1).steps
-    def few(options, o): return options | ({'epochs': epochs(r.mask_split, o.batch_size)} if o else {})
+    def few(options, o):
+        return {**options, 'epochs': epochs(r.mask_split, o.batch_size)} if o else options
     n = epochs(c.train_split, c.batch_size)
     c = replace(c, epochs=n, warm_epochs=min(n, c.warm_epochs), pretrain_epochs=n, weights='')
     r = replace(r, refine_options=few(r.refine_options, affinity), refine_weights='')
     g = replace(g, seg_options=few(g.seg_options, recipe), seg_weights='')
     return Config(replace(config.run, shared=''), c, config.seeds, r, g), lists
 
-# %% ../nbs/44_planning.ipynb #b3410835
+# %% ../nbs/44_planning.ipynb #4b341083
 def dry_run(
     methods: Iterable[str | Method],
     steps: int = 10,  # of each training
@@ -98,7 +99,7 @@ def dry_run(
             return missing, None
         return missing, _probe(Path(folder), config, methods, found, lists, steps)
 
-# %% ../nbs/44_planning.ipynb #3468a657
+# %% ../nbs/44_planning.ipynb #33468a65
 def _probe(folder, config, methods, found, lists, steps):
     "Walk the stages of a shortened run; their cost as a table."
     rows = {row['stage']: row for row in stage_rows(found, lists)}
@@ -112,7 +113,7 @@ def _probe(folder, config, methods, found, lists, steps):
             row['memory MB'] = took['peak_memory_mb']
     return pd.DataFrame([*rows.values()])
 
-# %% ../nbs/44_planning.ipynb #1a091f87
+# %% ../nbs/44_planning.ipynb #f1a091f8
 def _whole_seconds(folder, row, took, images):
     "The time of the whole stage from that of its probe."
     if 'steps' not in row:

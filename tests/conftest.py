@@ -4,7 +4,8 @@ import pytest
 from hypothesis import settings
 from ppc.scenes import make_scenes
 
-settings.register_profile('repeatable', derandomize=True)   # the same examples in every run: a red test means a change, not luck
+# The same examples in every run: a failing test means a change, not chance
+settings.register_profile('repeatable', derandomize=True)
 settings.load_profile('repeatable')
 
 

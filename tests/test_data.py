@@ -1,7 +1,7 @@
-"Bad input gets a sentence that names the file; odd input is read right."
+"Invalid input raises an error that names the file; unusual input is read correctly."
 import importlib.util
 import io
-import resource
+import shutil
 import struct
 import zlib
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from ppc.data import (
     DataError,
+    RandomLongEdge,
     TagFolder,
     TrainingViews,
     augmentation,
@@ -27,12 +28,12 @@ from ppc.data import (
 from ppc.training import Batches
 
 
-def fails(what, *words):
-    "The call raises a `DataError` that says all the words."
+def fails(call, *words):
+    "The call raises a `DataError` whose message holds all the words."
     with pytest.raises(DataError) as e:
-        what()
-    for w in words:
-        assert w in str(e.value), str(e.value)
+        call()
+    for word in words:
+        assert word in str(e.value), str(e.value)
 
 
 def edit(path, old, new): path.write_text(path.read_text().replace(old, new))
@@ -41,7 +42,8 @@ def edit(path, old, new): path.write_text(path.read_text().replace(old, new))
 def test_good_folder(mine):
     folder = TagFolder(mine)
     check(folder, masks=True)
-    assert len(folder) == 16 and folder.classes[0] == 'background' and folder.tags.shape == (16, 6)
+    assert len(folder) == 16
+    assert folder.classes[0] == 'background' and folder.tags.shape == (16, 6)
 
 
 def test_missing_image(mine):
@@ -88,7 +90,8 @@ def test_unknown_tag(mine):
 
 def test_image_without_a_row(mine):
     lines = (mine/'tags.csv').read_text().splitlines()
-    (mine/'tags.csv').write_text('\n'.join(l for l in lines if not l.startswith('train00005')))
+    lines = [line for line in lines if not line.startswith('train00005')]
+    (mine/'tags.csv').write_text('\n'.join(lines))
     fails(lambda: TagFolder(mine), 'tags.csv', 'train00005')
 
 
@@ -119,23 +122,23 @@ def test_not_utf8(mine):
     fails(lambda: TagFolder(mine), 'tags.csv', 'UTF-8')
 
 
-def test_spreadsheet_habits(mine):
+def test_what_spreadsheet_programs_write(mine):
     "A byte-order mark, Windows line ends, names with their ending, an image without any tag."
-    text = (mine/'tags.csv').read_text().replace('train00004,', 'train00004.jpg,').splitlines()
-    text = [l if not l.startswith('train00006') else 'train00006,' for l in text]
-    (mine/'tags.csv').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(text).encode())
+    text = (mine/'tags.csv').read_text().replace('train00004,', 'train00004.jpg,')
+    lines = ['train00006,' if line.startswith('train00006') else line for line in text.splitlines()]
+    (mine/'tags.csv').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
     assert TagFolder(mine).tags[6].sum() == 0
 
 
 def test_without_lists_all_images_are_train(mine):
-    import shutil
     shutil.rmtree(mine/'ImageSets')
     assert len(TagFolder(mine)) == 20
 
 
 def test_worker_count_changes_nothing(scenes):
     views = TrainingViews(TagFolder(scenes), augmentation((96, 160), 112), seed=3)
-    a, b = (list(DataLoader(views, batch_sampler=Batches(16, 4, 2, seed=3), num_workers=n)) for n in (0, 2))
+    a, b = (list(DataLoader(views, batch_sampler=Batches(16, 4, 2, seed=3), num_workers=n))
+            for n in (0, 2))
     assert len(a) == len(b) == 8
     for x, y in zip(a, b):
         assert all(torch.equal(x[k], y[k]) for k in ('image', 'tags', 'index'))
@@ -145,9 +148,11 @@ def test_mask_follows_its_image(mine):
     "Where the picture is painted by its own mask, the two agree after every augmentation."
     folder = TagFolder(mine)
     for i in folder.ids:
-        m = read_mask(mine/'SegmentationClass'/f'{i}.png')
-        Image.fromarray(np.repeat((m > 0).astype(np.uint8)[..., None]*255, 3, -1)).save(mine/'JPEGImages'/f'{i}.jpg', quality=100)
-    views = TrainingViews(TagFolder(mine), augmentation((128, 128), 144, jitter=(0, 0, 0, 0)), masks=mine/'SegmentationClass')
+        mask = read_mask(mine/'SegmentationClass'/f'{i}.png')
+        painting = np.repeat((mask > 0).astype(np.uint8)[..., None]*255, 3, -1)
+        Image.fromarray(painting).save(mine/'JPEGImages'/f'{i}.jpg', quality=100)
+    transform = augmentation((128, 128), 144, jitter=(0, 0, 0, 0))
+    views = TrainingViews(TagFolder(mine), transform, masks=mine/'SegmentationClass')
     for epoch in range(3):
         item = views[epoch, 5]
         inside = item['mask'] != 255
@@ -157,25 +162,33 @@ def test_mask_follows_its_image(mine):
 
 
 def test_relative_resize(scenes):
-    "A factor on each image's own size, the same for its mask; one to one leaves every pixel."
-    from ppc.data import RandomLongEdge
-    image, mask = torch.arange(48.).view(1, 6, 8), tv_tensors.Mask(torch.arange(48).view(6, 8))
-    assert all(torch.equal(x, y) for x, y in zip(RandomLongEdge(1., 1., True)(tv_tensors.Image(image), mask), (image, mask)))
+    "A factor on each image's own size, the same for its mask; a factor of 1 changes no pixel."
+    image = torch.arange(48.).view(1, 6, 8)
+    mask = tv_tensors.Mask(torch.arange(48).view(6, 8))
+    same_image, same_mask = RandomLongEdge(1., 1., True)(tv_tensors.Image(image), mask)
+    assert torch.equal(same_image, image) and torch.equal(same_mask, mask)
     torch.manual_seed(0)
-    sizes = [RandomLongEdge(.5, 1.5, True)(tv_tensors.Image(image.repeat(1, 10, 10)), tv_tensors.Mask(mask.repeat(10, 10))) for _ in range(40)]
+    large = tv_tensors.Image(image.repeat(1, 10, 10)), tv_tensors.Mask(mask.repeat(10, 10))
+    sizes = [RandomLongEdge(.5, 1.5, True)(*large) for _ in range(40)]
     edges = [a.shape[-1] for a, b in sizes]
-    assert all(a.shape[-2:] == b.shape for a, b in sizes) and 40 <= min(edges) < 50 and 110 < max(edges) <= 120
+    assert all(a.shape[-2:] == b.shape for a, b in sizes)
+    assert 40 <= min(edges) < 50 and 110 < max(edges) <= 120
 
 
 @pytest.mark.parametrize('content', [None, b'', b'\x89PNG\r\n\x1a\n no map'])
 def test_missing_or_unreadable_saliency(mine, content):
-    "Refused by `check` before training, and by whoever reads it; only where saliency is asked for."
+    "Rejected by `check` before training, and on reading; only where saliency is requested."
     path = mine/'Saliency'/'train00003.png'
-    path.unlink() if content is None else path.write_bytes(content)
-    folder, words = TagFolder(mine), ('Saliency', 'train00003.png', 'missing' if content is None else 'cannot be read')
+    path.unlink()
+    problem = 'missing'
+    if content is not None:
+        path.write_bytes(content)
+        problem = 'cannot be read'
+    folder, words = TagFolder(mine), ('Saliency', 'train00003.png', problem)
     check(folder)
     fails(lambda: check(folder, saliency=True), *words)
-    fails(lambda: TrainingViews(folder, augmentation((96, 160), 112), saliency=True)[0, 3], *words)
+    views = TrainingViews(folder, augmentation((96, 160), 112), saliency=True)
+    fails(lambda: views[0, 3], *words)
 
 
 def test_truncated_saliency(mine):
@@ -185,12 +198,13 @@ def test_truncated_saliency(mine):
 
 
 def test_deep_saliency(mine):
-    Image.fromarray(np.full((128, 128), 40000, np.uint16)).save(mine/'Saliency'/'train00003.png')
+    deep = Image.fromarray(np.full((128, 128), 40000, np.uint16))
+    deep.save(mine/'Saliency'/'train00003.png')
     fails(lambda: check(TagFolder(mine), saliency=True), 'train00003.png', '8-bit')
 
 
 def test_saliency_of_another_size_and_in_colour(mine):
-    "It is brought to its image's size; colours are averaged."
+    "It is resized to its image's size; colours are averaged."
     Image.new('RGB', (40, 30), (255, 0, 51)).save(mine/'Saliency'/'train00002.png')
     folder = TagFolder(mine)
     check(folder, saliency=True)
@@ -198,63 +212,75 @@ def test_saliency_of_another_size_and_in_colour(mine):
 
 
 def test_saliency_follows_its_image(mine):
-    "Where the picture is painted by its own saliency, the two agree after every augmentation, and colour never reaches the map."
+    "A picture painted by its own saliency agrees with it after every augmentation but of colour."
     folder = TagFolder(mine)
     soft = (255*np.linspace(0, 1, 128)[None]*np.linspace(.5, 1, 128)[:, None]).astype(np.uint8)
+    painting = Image.fromarray(np.repeat(soft[..., None], 3, -1))
     for i in folder.ids:
         Image.fromarray(soft).save(mine/'Saliency'/f'{i}.png')
-        Image.fromarray(np.repeat(soft[..., None], 3, -1)).save(mine/'JPEGImages'/f'{i}.jpg', quality=100)
-    plain = TrainingViews(TagFolder(mine), augmentation((100, 180), 144, jitter=(0, 0, 0, 0)), saliency=True)
+        painting.save(mine/'JPEGImages'/f'{i}.jpg', quality=100)
+    transform = augmentation((100, 180), 144, jitter=(0, 0, 0, 0))
+    plain = TrainingViews(TagFolder(mine), transform, saliency=True)
     jittered = TrainingViews(TagFolder(mine), augmentation((128, 128), 128), saliency=True)
+    want = torch.from_numpy(soft/np.float32(255))
     for epoch in range(4):
-        item, brightness = plain[epoch, 5], .229*plain[epoch, 5]['image'][0] + .485
+        item = plain[epoch, 5]
+        brightness = .229*item['image'][0] + .485
         outside = (item['image'] == 0).all(0)
-        assert item['saliency'].shape == (1, 144, 144) and (item['saliency'][0][outside] == 0).all()
+        assert item['saliency'].shape == (1, 144, 144)
+        assert (item['saliency'][0][outside] == 0).all()
         assert (item['saliency'][0] - brightness)[~outside].abs().max() < .03
-        still = jittered[epoch, 5]['saliency'][0]
-        assert any(torch.equal(x, torch.from_numpy(soft/np.float32(255))) for x in (still, still.flip(-1)))
+        got = jittered[epoch, 5]['saliency'][0]
+        assert torch.equal(got, want) or torch.equal(got.flip(-1), want)
 
 
-def test_saliency_and_mask_leave_the_image_as_it_is(scenes):
-    "The same draws with or without companions, and they come through a loader's workers."
+def test_saliency_and_mask_do_not_change_the_image(scenes):
+    "The same draws with or without mask and saliency, also through a loader's workers."
     folder, transform = TagFolder(scenes), augmentation((96, 160), 112)
-    alone, along = TrainingViews(folder, transform), TrainingViews(folder, transform, masks=scenes/'SegmentationClass', saliency=True)
+    alone = TrainingViews(folder, transform)
+    both = TrainingViews(folder, transform, masks=scenes/'SegmentationClass', saliency=True)
     for key in [(0, 0), (3, 7)]:
-        assert torch.equal(alone[key]['image'], along[key]['image'])
-    batch = next(iter(DataLoader(along, batch_sampler=Batches(16, 4, 1), num_workers=1)))
+        assert torch.equal(alone[key]['image'], both[key]['image'])
+    batch = next(iter(DataLoader(both, batch_sampler=Batches(16, 4, 1), num_workers=1)))
     assert batch['saliency'].shape == (4, 1, 112, 112) and type(batch['saliency']) is torch.Tensor
     assert ((batch['saliency'] > .5) == (batch['mask'] % 255 > 0)[:, None]).float().mean() > .9
     assert batch['image'].dtype == torch.uint8
-    whole = along.finish(batch)['image']
+    whole = both.finish(batch)['image']
     for x, i, key in zip(whole, batch['index'].tolist(), next(iter(Batches(16, 4, 1)))):
-        assert key[1] == i and torch.equal(x, along[key]['image'])   # one by one the same
+        assert key[1] == i and torch.equal(x, both[key]['image'])  # item by item the same
 
 
-# Photographs as people have them. Colours are compared with what was painted, within what JPEG loses.
+# Photographs as people have them. Colours are compared with the painted ones, within JPEG's loss.
 
 RED, SKY = (200, 30, 20), (90, 160, 230)
 
 
 def painted(size=(48, 32)):
-    "Red on the left, sky on the right, a light stripe at the top: it shows when it is turned, mirrored or inverted."
+    "Red on the left, sky on the right, a light stripe at the top: every turn and mirror shows."
     x = np.zeros((size[1], size[0], 3), np.uint8)
-    x[:, :24], x[:, 24:], x[:8] = RED, SKY, 240
+    x[:, :24] = RED
+    x[:, 24:] = SKY
+    x[:8] = 240
     return Image.fromarray(x)
 
 
 def reads(path, want, within=0):
+    "`read_image` returns this picture, up to a difference per channel."
     got = read_image(path)
     assert got.mode == 'RGB' and got.size == want.size
     assert np.abs(np.asarray(got, int) - np.asarray(want, int)).max() <= within
 
 
 def cmyk(im):
-    "By hand: what is missing to white, in each colour, and no black."
-    return Image.merge('CMYK', [Image.fromarray(255 - np.asarray(im)[..., k]) for k in range(3)] + [Image.new('L', im.size, 0)])
+    "Converted by hand: the complement of each colour, and no black."
+    colours = [Image.fromarray(255 - np.asarray(im)[..., k]) for k in range(3)]
+    return Image.merge('CMYK', [*colours, Image.new('L', im.size, 0)])
 
 
 def test_cmyk(tmp_path):
-    "Stored inverted, as Adobe does and everybody after it; also where a tool took away the segment that says so. Seen by OpenCV as well."
+    """Stored inverted, as Adobe does, also where a tool removed the segment that says so.
+
+    OpenCV reads the same."""
     path = tmp_path/'print.jpg'
     cmyk(painted()).save(path, quality=100, subsampling=0)
     reads(path, painted(), 6)
@@ -279,7 +305,7 @@ def test_grey_and_palette(tmp_path):
 
 
 def test_transparent_is_white(tmp_path):
-    "In all the ways that PNG knows: a channel, a colour of the palette, a grey or a colour that means nothing."
+    "All of PNG's ways: a channel, a colour of the palette, one grey or one colour."
     hole = np.zeros((32, 48), bool)
     hole[20:, 10:40] = True
     want = np.where(hole[..., None], 255, np.asarray(painted()))
@@ -288,47 +314,78 @@ def test_transparent_is_white(tmp_path):
     reads(tmp_path/'rgba.png', Image.fromarray(want.astype(np.uint8)))
     grey = painted().convert('L')
     Image.merge('LA', [grey, alpha]).save(tmp_path/'la.png')
-    reads(tmp_path/'la.png', Image.fromarray(np.where(hole, 255, np.asarray(grey)).astype(np.uint8)).convert('RGB'))
-    numbers = Image.fromarray(np.where(hole, 3, painted().quantize(3)).astype(np.uint8), mode=None).convert('P')
-    numbers.putpalette(painted().quantize(3).getpalette()[:9] + [1, 2, 3])
+    want_grey = Image.fromarray(np.where(hole, 255, np.asarray(grey)).astype(np.uint8))
+    reads(tmp_path/'la.png', want_grey.convert('RGB'))
+    palette = painted().quantize(3)
+    numbers = Image.fromarray(np.where(hole, 3, palette).astype(np.uint8), mode=None).convert('P')
+    numbers.putpalette(palette.getpalette()[:9] + [1, 2, 3])
     numbers.save(tmp_path/'p.png', transparency=3)
     reads(tmp_path/'p.png', Image.fromarray(want.astype(np.uint8)), 2)
     painted().save(tmp_path/'rgb.png', transparency=RED)
-    reads(tmp_path/'rgb.png', Image.fromarray(np.where((np.asarray(painted()) == RED).all(-1)[..., None], 255, np.asarray(painted())).astype(np.uint8)))
+    red = (np.asarray(painted()) == RED).all(-1)[..., None]
+    want_rgb = np.where(red, 255, np.asarray(painted())).astype(np.uint8)
+    reads(tmp_path/'rgb.png', Image.fromarray(want_rgb))
     half = Image.new('RGBA', (4, 4), (0, 0, 0, 128))
     half.save(tmp_path/'half.png')
     reads(tmp_path/'half.png', Image.new('RGB', (4, 4), (127, 127, 127)), 1)
 
 
 def png(path, width, height, depth, colour, rows=b''):
-    "A PNG by hand, as the format is written down: signature, header, data, end."
-    chunk = lambda name, data: struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', width, height, depth, colour, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    "Write a PNG by hand, as its format is specified: signature, header, data, end."
+    header = struct.pack('>2I5B', width, height, depth, colour, 0, 0, 0)
+    chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*c) for c in chunks))
     return path
+
+
+def chunk(name, data):
+    "A part of a PNG: length, name, data, checksum."
+    checksum = zlib.crc32(name + data)
+    return struct.pack('>I', len(data)) + name + data + struct.pack('>I', checksum)
+
+
+def deep_png(path, pixels, colour):
+    "A PNG of 16 bits per channel, each row behind a zero that says 'no filter'."
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
+    return png(path, pixels.shape[1], pixels.shape[0], 16, colour, rows)
 
 
 def test_sixteen_bits(tmp_path):
     "Scaled, not cut off at 255; grey, colour, and each with transparency."
     deep = np.linspace(0, 65535, 48*32).reshape(32, 48).round().astype('>u2')
     want = np.floor(deep/257 + .5).astype(np.uint8)
-    rows = lambda x: b''.join(b'\0' + x[k].astype('>u2').tobytes() for k in range(32))
-    reads(png(tmp_path/'grey.png', 48, 32, 16, 0, rows(deep)), Image.fromarray(want).convert('RGB'))
+    want_grey = Image.fromarray(want).convert('RGB')
+    reads(deep_png(tmp_path/'grey.png', deep, 0), want_grey)
     three = np.stack([deep, deep[::-1], deep[:, ::-1]], -1)
-    reads(png(tmp_path/'rgb.png', 48, 32, 16, 2, rows(three)), Image.fromarray(np.stack([want, want[::-1], want[:, ::-1]], -1)), 1)
+    want_rgb = Image.fromarray(np.stack([want, want[::-1], want[:, ::-1]], -1))
+    reads(deep_png(tmp_path/'rgb.png', three, 2), want_rgb, 1)
     solid = np.full((32, 48, 1), 65535, '>u2')
-    reads(png(tmp_path/'la.png', 48, 32, 16, 4, rows(np.concatenate([deep[..., None], solid], -1))), Image.fromarray(want).convert('RGB'), 1)
-    reads(png(tmp_path/'rgba.png', 48, 32, 16, 6, rows(np.concatenate([three, 0*solid], -1))), Image.new('RGB', (48, 32), 'white'))
+    opaque = np.concatenate([deep[..., None], solid], -1)
+    reads(deep_png(tmp_path/'la.png', opaque, 4), want_grey, 1)
+    transparent = np.concatenate([three, 0*solid], -1)
+    reads(deep_png(tmp_path/'rgba.png', transparent, 6), Image.new('RGB', (48, 32), 'white'))
 
 
-TURNS = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+TURNS = {  # EXIF's orientation -> how the picture is stored
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 @pytest.mark.parametrize('note', TURNS)
 @pytest.mark.parametrize('ending', ['jpg', 'png'])
-def test_lying_on_its_side(mine, note, ending):
-    "Stored turned or mirrored, with EXIF's note how to put it right: read upright, and its mask has the upright size."
-    exif, stored = Image.Exif(), painted() if TURNS[note] is None else painted().transpose(TURNS[note])
+def test_stored_on_its_side(mine, note, ending):
+    "Stored turned or mirrored, with EXIF's note: read upright, and its mask has the upright size."
+    stored = painted()
+    if TURNS[note] is not None:
+        stored = stored.transpose(TURNS[note])
+    exif = Image.Exif()
     exif[0x0112] = note
     (mine/'JPEGImages'/'train00003.jpg').unlink()
     path = mine/'JPEGImages'/f'train00003.{ending}'
@@ -342,49 +399,70 @@ def test_lying_on_its_side(mine, note, ending):
 
 
 def test_other_formats_behind_the_ending(tmp_path):
-    "A WebP, PNG or GIF that is called .jpg is read. PostScript, for which Pillow would start a program, is not; nor is a text."
-    for fmt in ('PNG', 'WEBP', 'GIF', 'BMP'):
-        painted().save(tmp_path/'a.jpg', fmt, **({'lossless': True} if fmt == 'WEBP' else {}))
-        reads(tmp_path/'a.jpg', painted(), 2)
-    painted().save(tmp_path/'a.jpg', 'MPO', save_all=True, append_images=[painted()], quality=100, subsampling=0)
-    reads(tmp_path/'a.jpg', painted(), 4)
+    "A WebP, PNG or GIF called .jpg is read; PostScript, which starts a program, and text are not."
+    path = tmp_path/'a.jpg'
+    options = {'PNG': {}, 'WEBP': {'lossless': True}, 'GIF': {}, 'BMP': {}}
+    for fmt, how in options.items():
+        painted().save(path, fmt, **how)
+        reads(path, painted(), 2)
+    two = {'save_all': True, 'append_images': [painted()]}
+    painted().save(path, 'MPO', quality=100, subsampling=0, **two)
+    reads(path, painted(), 4)
     for fmt in ('EPS', 'TIFF'):
-        painted().save(tmp_path/'a.jpg', fmt)
-        fails(lambda: read_image(tmp_path/'a.jpg'), 'a.jpg', 'cannot be read as an image')
-    (tmp_path/'a.jpg').write_text('a text')
-    fails(lambda: read_image(tmp_path/'a.jpg'), 'a.jpg', 'cannot be read as an image')
+        painted().save(path, fmt)
+        fails(lambda: read_image(path), 'a.jpg', 'cannot be read as an image')
+    path.write_text('a text')
+    fails(lambda: read_image(path), 'a.jpg', 'cannot be read as an image')
 
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 @pytest.mark.parametrize('read', [read_image, read_mask, read_saliency])
 @pytest.mark.parametrize('size', [(60_000, 60_000), (12_000, 9_000), (2**31 - 1, 2**31 - 1)])
 def test_bombs(tmp_path, read, size):
-    "A small file that claims many pixels, also in the range where Pillow only warns: refused before a byte is decoded."
-    path, before = png(tmp_path/'bomb.png', *size, 8, 0, bytes(10**6)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    "A small file that claims many pixels, even where Pillow only warns: rejected undecoded."
+    resource = pytest.importorskip('resource', reason='only Unix measures the largest memory')
+    path = png(tmp_path/'bomb.png', *size, 8, 0, bytes(10**6))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fails(lambda: read(path), 'bomb.png', 'pixels')
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000   # kB; decoding would take 108 MB and more
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert used < 30_000  # kB; decoding would take 108 MB and more
 
 
 def test_jpeg_bomb(tmp_path):
-    b = io.BytesIO()
-    painted().save(b, 'JPEG')
-    at = b.getvalue().index(b'\xff\xc0') + 5
-    (tmp_path/'bomb.jpg').write_bytes(b.getvalue()[:at] + struct.pack('>2H', 65_000, 65_000) + b.getvalue()[at + 4:])
+    buffer = io.BytesIO()
+    painted().save(buffer, 'JPEG')
+    data = buffer.getvalue()
+    at = data.index(b'\xff\xc0') + 5  # height and width in the header
+    data = data[:at] + struct.pack('>2H', 65_000, 65_000) + data[at + 4:]
+    (tmp_path/'bomb.jpg').write_bytes(data)
     fails(lambda: read_image(tmp_path/'bomb.jpg'), 'bomb.jpg', 'pixels')
 
 
-SAMPLES = {}
-for fmt, im in {'JPEG': painted(), 'PNG': painted().convert('LA'), 'GIF': painted(), 'WEBP': painted()}.items():
-    exif, b = Image.Exif(), io.BytesIO()
-    exif[0x0112], exif[0x010e] = 6, 'a note'
-    im.save(b, fmt, exif=exif)
-    SAMPLES[fmt] = b.getvalue()
+def sample(im, fmt):
+    "The bytes of a picture with notes in its EXIF."
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010e] = 'a note'
+    buffer = io.BytesIO()
+    im.save(buffer, fmt, exif=exif)
+    return buffer.getvalue()
+
+
+SAMPLES = {
+    'JPEG': sample(painted(), 'JPEG'),
+    'PNG': sample(painted().convert('LA'), 'PNG'),
+    'GIF': sample(painted(), 'GIF'),
+    'WEBP': sample(painted(), 'WEBP'),
+}
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning:PIL')
-@given(st.sampled_from(sorted(SAMPLES)), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4), st.one_of(st.none(), st.integers(0, 1000)))
+@given(
+    st.sampled_from(sorted(SAMPLES)),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
+    st.one_of(st.none(), st.integers(0, 1000)))
 def test_damaged_files_are_read_or_named(tmp_path_factory, fmt, changes, length):
-    "Whatever bytes change or are missing: a picture, or a `DataError` with the file's name. Nothing else comes out."
+    "Whatever bytes change or are missing: a picture, or a `DataError` with the file's name."
     data = bytearray(SAMPLES[fmt])
     for at, value in changes:
         data[at % len(data)] = value
@@ -397,15 +475,20 @@ def test_damaged_files_are_read_or_named(tmp_path_factory, fmt, changes, length)
             assert str(path) in str(e)
 
 
-@pytest.mark.parametrize('mode, message', [('RGBA', 'colour'), ('LA', 'colour'), ('CMYK', 'cannot be read')])
-def test_masks_with_channels(mine, mode, message):
-    Image.new(mode, (128, 128)).save(mine/'SegmentationClass'/'train00002.png', 'JPEG' if mode == 'CMYK' else 'PNG')
+@pytest.mark.parametrize('mode, fmt, message', [
+    ('RGBA', 'PNG', 'colour'),
+    ('LA', 'PNG', 'colour'),
+    ('CMYK', 'JPEG', 'cannot be read'),
+])
+def test_masks_with_channels(mine, mode, fmt, message):
+    Image.new(mode, (128, 128)).save(mine/'SegmentationClass'/'train00002.png', fmt)
     fails(lambda: check(TagFolder(mine), masks=True), 'train00002.png', message)
 
 
 def test_masks_of_other_depths(mine):
-    "Sixteen bits hold class numbers as well as eight, but 256 must not turn into 0; one bit is classes 0 and 1."
-    path, numbers = mine/'SegmentationClass'/'train00002.png', np.tile(np.arange(128)//32, (128, 1))
+    "Sixteen bits may hold class numbers, but 256 must not become 0; one bit is classes 0 and 1."
+    path = mine/'SegmentationClass'/'train00002.png'
+    numbers = np.tile(np.arange(128)//32, (128, 1))
     numbers[0, 0] = 255
     Image.fromarray(numbers.astype(np.uint16)).save(path)
     assert (read_mask(path) == numbers).all() and read_mask(path).dtype == np.uint8
@@ -427,11 +510,11 @@ def test_a_folder_and_a_broken_link_among_the_images(mine):
 
 
 def test_names_with_spaces(mine):
-    "And commas, which a spreadsheet puts in quotation marks."
-    new = lambda name: name.replace('train', 'my photo, no. ')
+    "And with commas, which a spreadsheet puts in quotation marks."
+    def new(text): return text.replace('train', 'my photo, no. ')
     for old in (mine/'JPEGImages').iterdir():
         old.rename(old.with_name(new(old.name)))
-    rows = [l.split(',') for l in (mine/'tags.csv').read_text().splitlines()]
+    rows = [line.split(',') for line in (mine/'tags.csv').read_text().splitlines()]
     (mine/'tags.csv').write_text('\n'.join(f'"{new(name)}",{tags}' for name, tags in rows))
     (mine/'ImageSets'/'train.txt').write_text(new((mine/'ImageSets'/'train.txt').read_text()))
     folder = TagFolder(mine)
@@ -439,9 +522,18 @@ def test_names_with_spaces(mine):
     check(folder)
 
 
-@pytest.mark.parametrize('name', ['../secret', '../secret.jpg', '../../mine/JPEGImages/train00000.jpg', '/etc/passwd', '..\\secret', 'C:\\secret.jpg', 'sub/train00000', '.'])
+@pytest.mark.parametrize('name', [
+    '../secret',
+    '../secret.jpg',
+    '../../mine/JPEGImages/train00000.jpg',
+    '/etc/passwd',
+    '..\\secret',
+    'C:\\secret.jpg',
+    'sub/train00000',
+    '.',
+])
 def test_names_that_lead_out(mine, name):
-    "Even to a file that is there, even back to one of our own."
+    "Rejected even if the file exists, even if it is one of the folder's own."
     Image.new('RGB', (8, 8)).save(mine.parent/'secret.jpg')
     Image.new('RGB', (8, 8)).save(mine/'secret.jpg')
     good = (mine/'tags.csv').read_text()
@@ -453,13 +545,14 @@ def test_names_that_lead_out(mine, name):
 
 
 def test_windows_text_files(mine):
-    "Byte-order mark and line ends in all three; ids with their ending; columns parted by semicolons; rows of nothing but separators."
+    "Byte-order marks, Windows line ends, ids with endings, semicolons, rows of separators only."
     for f in (mine/'classes.txt', mine/'tags.csv', *(mine/'ImageSets').glob('*.txt')):
         lines = f.read_text().splitlines()
         if f.suffix == '.csv':
-            lines = [l.replace(',', ';') for l in lines] + [';', '', ' ; ']
+            lines = [line.replace(',', ';') for line in lines] + [';', '', ' ; ']
         elif f.parent.name == 'ImageSets':
-            lines = [f'{l}.jpg' if k % 2 else f'{l}.JPG' for k, l in enumerate(lines)] + ['', '']
+            lines = [line + ('.jpg' if k % 2 else '.JPG') for k, line in enumerate(lines)]
+            lines += ['', '']
         f.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
     folder = TagFolder(mine)
     assert len(folder) == 16 and folder.ids[0] == 'train00000' and folder.tags.sum() > 0
@@ -484,12 +577,17 @@ def test_more_classes_than_a_mask_can_hold(mine):
 
 
 def test_first_class_is_the_background(mine):
-    "Whoever forgets it is told so."
+    "A missing background raises an error that mentions it."
     edit(mine/'classes.txt', 'background\n', '')
     fails(lambda: TagFolder(mine), 'tags.csv', "'cat'", 'background')
 
 
-@pytest.mark.parametrize('text', ['image,tags\n"train00000,cat\n', 'image,tags\n' + 'x'*200_000 + ',cat\n', 'image,tags\ntrain00000,cat,dog\n', 'a\0b,tags\n'])
+@pytest.mark.parametrize('text', [
+    'image,tags\n"train00000,cat\n',
+    'image,tags\n' + 'x'*200_000 + ',cat\n',
+    'image,tags\ntrain00000,cat,dog\n',
+    'a\0b,tags\n',
+])
 def test_damaged_spreadsheets(mine, text):
     (mine/'tags.csv').write_text(text)
     fails(lambda: TagFolder(mine), 'tags.csv line')

@@ -1,4 +1,4 @@
-"Folders as people have them, archives and spreadsheets as strangers send them."
+"Folders from spreadsheets and class folders, archives that are not trusted, and the report."
 import io
 import pathlib
 import random
@@ -15,24 +15,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from ppc.data import DataError, TagFolder, check, write_mask
-from ppc.folders import folder_report, make_folder, photographs, unpack, write_folder
+from ppc.folders import folder_report, make_folder, unpack, write_folder
 
 
-def fails(what, *words):
-    "The call raises a `DataError` that says all the words."
+def fails(call, *words):
+    "The call raises a `DataError` whose message holds all the words."
     with pytest.raises(DataError) as e:
-        what()
-    for w in words:
-        assert w in str(e.value), str(e.value)
+        call()
+    for word in words:
+        assert word in str(e.value), str(e.value)
 
 
-def tree(folder): return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.endswith('.unpacked')}
+def tree(folder):
+    "Path -> text of each file, without the marks of unpacked archives."
+    files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_text()
+            for p in files if not p.name.endswith('.unpacked')}
 
 
 def member(name, kind=tarfile.REGTYPE, to='', text='hello'):
     "A member of a tar archive and its bytes."
     m = tarfile.TarInfo(name)
-    m.type, m.linkname, m.size = kind, to, len(text) if kind == tarfile.REGTYPE else 0
+    m.type, m.linkname = kind, to
+    m.size = len(text) if kind == tarfile.REGTYPE else 0
     return m, io.BytesIO(text.encode())
 
 
@@ -50,34 +55,56 @@ def zipped(path, *members):
     return path
 
 
-@pytest.mark.parametrize('name, mode', [('a.tar', 'w'), ('a.tar.gz', 'w:gz'), ('a.tgz', 'w:gz'), ('a.tar.bz2', 'w:bz2'), ('a.tar.xz', 'w:xz')])
+@pytest.mark.parametrize('name, mode', [
+    ('a.tar', 'w'),
+    ('a.tar.gz', 'w:gz'),
+    ('a.tgz', 'w:gz'),
+    ('a.tar.bz2', 'w:bz2'),
+    ('a.tar.xz', 'w:xz'),
+])
 def test_unpack_tar(tmp_path, name, mode):
-    archive = tar(tmp_path/name, member('./d', tarfile.DIRTYPE), member('./d/a.txt', text='one'), member('b c.txt', text='two'), member('empty', text=''), mode=mode)
+    members = [member('./d', tarfile.DIRTYPE), member('./d/a.txt', text='one'),
+               member('b c.txt', text='two'), member('empty', text='')]
+    archive = tar(tmp_path/name, *members, mode=mode)
     assert unpack(archive, tmp_path/'out') == tmp_path/'out'
     assert tree(tmp_path/'out') == {'d/a.txt': 'one', 'b c.txt': 'two', 'empty': ''}
 
 
 def test_unpack_zip(tmp_path):
-    archive = zipped(tmp_path/'a.ZIP', ('d/', ''), ('d/a.txt', 'one'), ('from\\windows.txt', 'two'))
+    members = [('d/', ''), ('d/a.txt', 'one'), ('from\\windows.txt', 'two')]
+    archive = zipped(tmp_path/'a.ZIP', *members)
     unpack(archive, tmp_path/'out')
     assert tree(tmp_path/'out') == {'d/a.txt': 'one', 'from/windows.txt': 'two'}
 
 
-OUT = ['../evil', 'a/../../evil', 'a/../b', '/evil', '//evil', 'C:/evil', 'c:evil', '..\\evil', '\\evil', '\\\\server\\evil', 'a\nb']
+BAD_NAMES = ['../evil', 'a/../../evil', 'a/../b', '/evil', '//evil', 'C:/evil', 'c:evil',
+             '..\\evil', '\\evil', '\\\\server\\evil', 'a\nb']
 
 
-@pytest.mark.parametrize('name', OUT)
+@pytest.mark.parametrize('name', BAD_NAMES)
 def test_members_that_lead_out(tmp_path, name):
-    "Nothing at all is written, not even the good member before."
+    "Nothing at all is written, not even the valid member before."
     box = tmp_path/'box'
-    for archive in (zipped(tmp_path/'a.zip', ('good', 'good'), (name, 'evil')), tar(tmp_path/'a.tgz', member('good'), member(name), mode='w:gz')):
-        fails(lambda: unpack(archive, box/'out'), str(archive), repr(name))
+    archives = [zipped(tmp_path/'a.zip', ('good', 'good'), (name, 'evil')),
+                tar(tmp_path/'a.tgz', member('good'), member(name), mode='w:gz')]
+    for archive in archives:
+        fails(lambda archive=archive: unpack(archive, box/'out'), str(archive), repr(name))
         assert not box.exists() and not any(p.name == 'evil' for p in tmp_path.rglob('*'))
 
 
 @pytest.mark.parametrize('kind, to', [
-    (tarfile.SYMTYPE, '../secret'), (tarfile.SYMTYPE, '/etc/passwd'), (tarfile.SYMTYPE, '.'), (tarfile.SYMTYPE, 'bad'), (tarfile.SYMTYPE, 'nothing'),
-    (tarfile.LNKTYPE, '../secret'), (tarfile.LNKTYPE, '/etc/passwd'), (tarfile.LNKTYPE, 'bad'), (tarfile.CHRTYPE, ''), (tarfile.BLKTYPE, ''), (tarfile.FIFOTYPE, '')])
+    (tarfile.SYMTYPE, '../secret'),
+    (tarfile.SYMTYPE, '/etc/passwd'),
+    (tarfile.SYMTYPE, '.'),
+    (tarfile.SYMTYPE, 'bad'),
+    (tarfile.SYMTYPE, 'nothing'),
+    (tarfile.LNKTYPE, '../secret'),
+    (tarfile.LNKTYPE, '/etc/passwd'),
+    (tarfile.LNKTYPE, 'bad'),
+    (tarfile.CHRTYPE, ''),
+    (tarfile.BLKTYPE, ''),
+    (tarfile.FIFOTYPE, ''),
+])
 def test_links_and_devices(tmp_path, kind, to):
     (tmp_path/'secret').write_text('secret')
     archive = tar(tmp_path/'a.tar', member('good'), member('bad', kind, to))
@@ -86,16 +113,18 @@ def test_links_and_devices(tmp_path, kind, to):
 
 
 def test_a_folder_made_by_a_link(tmp_path):
-    "The old trick: a link to outside, then a file through it."
+    "A link that leads out of the folder, then a file through it: rejected."
     archive = tar(tmp_path/'a.tar', member('d', tarfile.SYMTYPE, '..'), member('d/evil'))
     fails(lambda: unpack(archive, tmp_path/'out'), "'d'")
     assert not (tmp_path/'evil').exists()
 
 
 def test_links_inside_become_copies(tmp_path):
-    archive = tar(tmp_path/'a.tar', member('d/a', text='one'), member('e/s', tarfile.SYMTYPE, '../d/a'), member('h', tarfile.LNKTYPE, 'd/a'))
-    unpack(archive, tmp_path/'out')
-    assert tree(tmp_path/'out') == {'d/a': 'one', 'e/s': 'one', 'h': 'one'} and not any(p.is_symlink() for p in (tmp_path/'out').rglob('*'))
+    members = [member('d/a', text='one'), member('e/s', tarfile.SYMTYPE, '../d/a'),
+               member('h', tarfile.LNKTYPE, 'd/a')]
+    unpack(tar(tmp_path/'a.tar', *members), tmp_path/'out')
+    assert tree(tmp_path/'out') == {'d/a': 'one', 'e/s': 'one', 'h': 'one'}
+    assert not any(p.is_symlink() for p in (tmp_path/'out').rglob('*'))
 
 
 def test_link_in_a_zip(tmp_path):
@@ -108,12 +137,14 @@ def test_link_in_a_zip(tmp_path):
 
 @pytest.mark.parametrize('name', ['a.zip', 'a.tar', 'a.tar.gz'])
 def test_damaged_archives(tmp_path, name):
-    "Cut off, empty, or text: refused; whole again, it is unpacked over the remains."
-    archive, out, text = tmp_path/name, tmp_path/'out', random.Random(0).randbytes(3000).hex()
+    "Cut off, empty, or text: rejected; a complete archive is then unpacked over the remains."
+    archive, out = tmp_path/name, tmp_path/'out'
+    text = random.Random(0).randbytes(3000).hex()
     if name == 'a.zip':
         zipped(archive, ('a', text), ('b', text))
     else:
-        tar(archive, member('a', text=text), member('b', text=text), mode='w:gz' if name.endswith('gz') else 'w')
+        mode = 'w:gz' if name.endswith('gz') else 'w'
+        tar(archive, member('a', text=text), member('b', text=text), mode=mode)
     whole = archive.read_bytes()
     for part in (whole[:len(whole)//2], b'', b'<html>not found</html>'):
         archive.write_bytes(part)
@@ -125,7 +156,7 @@ def test_damaged_archives(tmp_path, name):
 
 
 def test_wrong_checksum_in_a_zip(tmp_path):
-    "A byte that changed on the way: what came before may stay, but it does not count as unpacked."
+    "A changed byte: earlier members may stay, but the archive does not count as unpacked."
     archive = tmp_path/'a.zip'
     with zipfile.ZipFile(archive, 'w') as z:
         z.writestr('a', 'one')
@@ -133,14 +164,15 @@ def test_wrong_checksum_in_a_zip(tmp_path):
     good = archive.read_bytes()
     archive.write_bytes(good.replace(b'two', b'tww'))
     fails(lambda: unpack(archive, tmp_path/'out'), str(archive))
-    assert not (tmp_path/'out'/'b').exists() and not list((tmp_path/'out').glob('.*'))
+    assert not (tmp_path/'out'/'b').exists()
+    assert not list((tmp_path/'out').glob('.*'))
     archive.write_bytes(good)
     unpack(archive, tmp_path/'out')
     assert tree(tmp_path/'out') == {'a': 'one', 'b': 'two'}
 
 
 def test_unpacked_once(tmp_path):
-    "A second call writes nothing, an archive that changed is unpacked again, and two archives share a folder."
+    "A second call writes nothing; a changed archive is unpacked again; two may share a folder."
     archive, out = zipped(tmp_path/'a.zip', ('a', 'one')), tmp_path/'out'
     unpack(archive, out)
     (out/'a').write_text('mine')
@@ -152,18 +184,20 @@ def test_unpacked_once(tmp_path):
 
 
 def test_links_in_the_target_are_not_written_through(tmp_path):
-    "The user's originals stay what they are."
+    "The user's originals stay unchanged."
     (tmp_path/'original').write_text('mine')
     (tmp_path/'out').mkdir()
     (tmp_path/'out'/'a').symlink_to(tmp_path/'original')
     unpack(zipped(tmp_path/'a.zip', ('a', 'one')), tmp_path/'out')
-    assert (tmp_path/'original').read_text() == 'mine' and tree(tmp_path/'out') == {'a': 'one'}
+    assert (tmp_path/'original').read_text() == 'mine'
+    assert tree(tmp_path/'out') == {'a': 'one'}
 
 
 def test_an_archive_larger_than_the_disk(tmp_path, monkeypatch):
-    "What it will need is known before a byte is written."
+    "The size is checked before a byte is written."
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=1000))
-    fails(lambda: unpack(tar(tmp_path/'a.tar', member('a'), member('b', text='x'*1000)), tmp_path/'out'), 'a.tar', 'needs')
+    archive = tar(tmp_path/'a.tar', member('a'), member('b', text='x'*1000))
+    fails(lambda: unpack(archive, tmp_path/'out'), 'a.tar', 'needs')
     assert not list((tmp_path/'out').iterdir())
 
 
@@ -172,18 +206,20 @@ def test_an_archive_larger_than_the_disk(tmp_path, monkeypatch):
 def photo(path, colour=0):
     "A small picture of its own colour at this path."
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new('RGB', (12, 8), (colour, 255 - colour, 7)).save(path, 'PNG' if path.suffix.lower() == '.png' else 'JPEG')
+    fmt = 'PNG' if path.suffix.lower() == '.png' else 'JPEG'
+    Image.new('RGB', (12, 8), (colour, 255 - colour, 7)).save(path, fmt)
 
 
 @pytest.fixture
 def pictures(tmp_path):
+    "A folder of four photographs."
     for k, name in enumerate(['a.jpg', 'b c.JPG', 'd.png', 'sub/e.jpeg']):
         photo(tmp_path/'pictures'/name, 60*k)
     return tmp_path/'pictures'
 
 
 def made(pictures, text, **options):
-    "The folder made with a spreadsheet of this text, read by `TagFolder`: id -> its tags; and the counts."
+    "Make a folder with a spreadsheet of this text; return its tags by id, and the counts."
     box = pictures.parent
     (box/'list.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
     counts = make_folder(box/'out', pictures, box/'list.csv', **options)
@@ -191,67 +227,97 @@ def made(pictures, text, **options):
 
 
 def tags_of(root):
+    "Id -> names of its tags, as `TagFolder` reads them."
     folder = TagFolder(root)
     check(folder)
-    return {i: {c for c, there in zip(folder.classes[1:], t) if there} for i, t in zip(folder.ids, folder.tags)}
+    names = folder.classes[1:]
+    return {i: {name for name, present in zip(names, row) if present}
+            for i, row in zip(folder.ids, folder.tags)}
 
 
 WANT = {'a': {'cat', 'dog'}, 'b c': {'dog'}, 'd': set(), 'e': {'cat'}}
 SHEETS = {
     'spaces': 'image,tags\na.jpg,cat dog\nb c.JPG,dog\nd.png,\nsub/e.jpeg,cat\n',
-    'commas in quotes': 'image,tags\na.jpg,"cat, dog"\nb c.JPG,dog\nd.png,""\nsub/e.jpeg,cat\n',
+    'commas in quotes':
+        'image,tags\na.jpg,"cat, dog"\nb c.JPG,dog\nd.png,""\nsub/e.jpeg,cat\n',
     'commas without': 'image,tags\na.jpg,cat,dog\nb c.JPG,dog\nd.png\nsub/e.jpeg,cat\n',
     'semicolons': 'image,tags\na.jpg,cat;dog\nb c.JPG,dog;\nd.png,\nsub/e.jpeg,cat\n',
-    'Excel in Europe': b'\xef\xbb\xbfBild;Inhalt\r\na.jpg;cat dog\r\nb c.JPG;"dog"\r\nd.png;\r\nsub\\e.jpeg;cat, cat\r\n;\r\n\r\n',
-    'without endings, empty columns': 'image,tags,,\na,cat dog,,\nb c,dog,,\nd,,,\ne,cat,,\n,,,\n',
+    'Excel in Europe':
+        b'\xef\xbb\xbfBild;Inhalt\r\na.jpg;cat dog\r\nb c.JPG;"dog"\r\nd.png;\r\n'
+        b'sub\\e.jpeg;cat, cat\r\n;\r\n\r\n',
+    'without endings, empty columns':
+        'image,tags,,\na,cat dog,,\nb c,dog,,\nd,,,\ne,cat,,\n,,,\n',
     'other endings': 'image,tags\na.JPG,cat dog\n./b c.jpg,dog\nd.png,\nsub/e.jpg,cat\n',
-    'a row for each tag': 'file,label\na.jpg,cat\nb c.JPG,dog\nd.png,\na.jpg,dog\nsub/e.jpeg,cat\nsub/e.jpeg,cat\n',
-    'the tag background': 'image,tags\na.jpg,cat dog\nb c.JPG,dog background\nd.png,background\nsub/e.jpeg,cat\n',
+    'a row for each tag':
+        'file,label\na.jpg,cat\nb c.JPG,dog\nd.png,\na.jpg,dog\nsub/e.jpeg,cat\nsub/e.jpeg,cat\n',
+    'the tag background':
+        'image,tags\na.jpg,cat dog\nb c.JPG,dog background\nd.png,background\nsub/e.jpeg,cat\n',
     'columns of 0 and 1': 'image,cat,dog\na.jpg,1,1\nb c.JPG,0,1\nd.png,0,0\nsub/e.jpeg,1,0\n',
     'columns of x': 'image;dog;cat;;\r\na.jpg;x;X\r\nb c.JPG;x\r\nd.png\r\ne;;x;;;\r\n',
-    'a gap between the columns': 'image,cat,,dog\na.jpg,1,,1\nb c.JPG,0,,1\nd.png,0\nsub/e.jpeg,1\n',
-    'columns of words': 'image,cat,dog\na.jpg,TRUE,yes\nb c.JPG,False,True\nd.png,no,\nsub/e.jpeg,Y,n\n',
-    'columns of numbers': 'image,cat,dog\na.jpg,1.0,1.0\nb c.JPG,-1,1\nd.png,0.0,-1\nsub/e.jpeg,1,0\n'}
+    'a gap between the columns':
+        'image,cat,,dog\na.jpg,1,,1\nb c.JPG,0,,1\nd.png,0\nsub/e.jpeg,1\n',
+    'columns of words':
+        'image,cat,dog\na.jpg,TRUE,yes\nb c.JPG,False,True\nd.png,no,\nsub/e.jpeg,Y,n\n',
+    'columns of numbers':
+        'image,cat,dog\na.jpg,1.0,1.0\nb c.JPG,-1,1\nd.png,0.0,-1\nsub/e.jpeg,1,0\n',
+}
 
 
 @pytest.mark.parametrize('name', SHEETS)
 def test_spreadsheets(pictures, name):
     got, counts = made(pictures, SHEETS[name])
-    assert got == WANT and TagFolder(pictures.parent/'out').classes == ['background', 'cat', 'dog']
+    assert got == WANT
+    assert TagFolder(pictures.parent/'out').classes == ['background', 'cat', 'dog']
     assert counts == {'images': 4, 'without tags': 1, 'masks': 0, 'left out': 0, 'other files': 0}
     table, problems = folder_report(pictures.parent/'out')
-    assert not problems and table['train'].to_dict() == {'images': 4, 'masks': 0, 'saliency': 0, 'cat': 2, 'dog': 2}
+    assert not problems
+    want = {'images': 4, 'masks': 0, 'saliency': 0, 'cat': 2, 'dog': 2}
+    assert table['train'].to_dict() == want
 
 
 def test_one_class(pictures):
-    "Two columns, and in the second only marks: its header is the class. A tag may be called 1 where another is called 2."
-    assert made(pictures, 'image,broken glass\na.jpg,1\nd.png,0\n')[0] == {'a': {'broken_glass'}, 'd': set()}
-    assert made(pictures, 'image,kind\na.jpg,1\nd.png,2\n')[0] == {'a': {'1'}, 'd': {'2'}}
+    "Two columns with only marks in the second: its header is the class. 1 and 2 may be tags."
+    got, _ = made(pictures, 'image,broken glass\na.jpg,1\nd.png,0\n')
+    assert got == {'a': {'broken_glass'}, 'd': set()}
+    got, _ = made(pictures, 'image,kind\na.jpg,1\nd.png,2\n')
+    assert got == {'a': {'1'}, 'd': {'2'}}
 
 
-def test_links_and_what_is_left_out(pictures):
-    "Originals are linked, what has no row is left out and counted; run again, nothing changes; a row less, and its link is gone."
+def links(folder):
+    "Path -> inode and content of each link in a folder."
+    paths = [p for p in sorted(folder.rglob('*')) if p.is_symlink()]
+    return {p: (p.lstat().st_ino, p.read_bytes()) for p in paths}
+
+
+def test_links_and_photographs_left_out(pictures):
+    """Originals are linked, photographs without a row are left out and counted.
+
+    A second run changes nothing; when a row is removed its link is removed."""
     (pictures/'notes.txt').write_text('')
     photo(pictures/'.hidden'/'z.jpg')
     photo(pictures/'._a.jpg')
     got, counts = made(pictures, 'image,tags\na.jpg,cat\nd.png,dog\n')
     out = pictures.parent/'out'
     assert counts == {'images': 2, 'without tags': 0, 'masks': 0, 'left out': 2, 'other files': 1}
-    assert (out/'JPEGImages'/'a.jpg').resolve() == pictures/'a.jpg' and (out/'JPEGImages'/'a.jpg').is_symlink()
-    before = {p: (p.lstat().st_ino, p.read_bytes()) for p in sorted(out.rglob('*')) if p.is_symlink()}
+    link = out/'JPEGImages'/'a.jpg'
+    assert link.resolve() == pictures/'a.jpg' and link.is_symlink()
+    before = links(out)
     assert made(pictures, 'image,tags\na.jpg,cat\nd.png,dog\n') == (got, counts)
-    assert before == {p: (p.lstat().st_ino, p.read_bytes()) for p in sorted(out.rglob('*')) if p.is_symlink()}
+    assert before == links(out)
     assert made(pictures, 'image,tags\nd.png,dog\n')[0] == {'d': {'dog'}}
-    assert [p.name for p in (out/'JPEGImages').iterdir()] == ['d.png'] and (pictures/'a.jpg').is_file()
+    assert [p.name for p in (out/'JPEGImages').iterdir()] == ['d.png']
+    assert (pictures/'a.jpg').is_file()
 
 
 def test_given_classes(pictures):
-    "In the order of the masks' numbers; a tag that is not among them is a slip."
+    "In the order of the masks' numbers; a tag that is not among them is an error."
     made(pictures, 'image,tags\na.jpg,dog\n', classes=['dog', 'bird'])
     assert TagFolder(pictures.parent/'out').classes == ['background', 'dog', 'bird']
     made(pictures, 'image,tags\na.jpg,dog\n', classes=['background', 'dog', 'bird'])
     assert TagFolder(pictures.parent/'out').classes == ['background', 'dog', 'bird']
-    fails(lambda: made(pictures, 'image,tags\na.jpg,dogg\n', classes=['dog', 'bird']), 'list.csv', 'a.jpg', "'dogg'", 'dog bird')
+    misspelt = 'image,tags\na.jpg,dogg\n'
+    fails(lambda: made(pictures, misspelt, classes=['dog', 'bird']),
+          'list.csv', 'a.jpg', "'dogg'", 'dog bird')
 
 
 BAD = {
@@ -260,17 +326,21 @@ BAD = {
     'empty': ('', 'line 1', 'header'),
     'only a header': ('image,tags\n', 'no tag'),
     'no tag anywhere': ('image,tags\na.jpg,\n', 'no tag'),
-    'an image that is not there': ('image,tags\na.jpg,cat\nnobody.jpg,cat\n', 'line 3', "'nobody.jpg'"),
+    'an image that is not there':
+        ('image,tags\na.jpg,cat\nnobody.jpg,cat\n', 'line 3', "'nobody.jpg'"),
     'a row without an image': ('image,tags\n,cat\n', 'line 2', "''"),
-    'a path that leads out': ('image,tags\n../secret.jpg,cat\n', 'line 2', "'../secret.jpg'", 'below'),
-    'a path of Windows that leads out': ('image,tags\nsub\\..\\..\\secret.jpg,cat\n', 'line 2', 'below'),
+    'a path that leads out':
+        ('image,tags\n../secret.jpg,cat\n', 'line 2', "'../secret.jpg'", 'below'),
+    'a path of Windows that leads out':
+        ('image,tags\nsub\\..\\..\\secret.jpg,cat\n', 'line 2', 'below'),
     'an absolute path': ('image,tags\n/etc/passwd,cat\n', 'line 2', "'/etc/passwd'", 'below'),
     'a drive': ('image,tags\nC:\\a.jpg,cat\n', 'line 2', 'below'),
-    'a mark that is none': ('image,cat,dog\na.jpg,1,2\n', 'line 2', "'2'", "'dog'"),
+    'an unknown mark': ('image,cat,dog\na.jpg,1,2\n', 'line 2', "'2'", "'dog'"),
     'a column without a name': ('image,cat,,dog\na.jpg,1,x,1\n', 'line 2', "'x'"),
     'a mark without a class': ('image,cat,dog\na.jpg,1,0,x\n', 'line 2', "'x'"),
     'not UTF-8': ('image,tags\na.jpg,büffel\n'.encode('latin1'), 'UTF-8'),
-    'a cell without end': ('image,tags\n' + 'a'*200_000 + ',cat\n', 'line 2', 'CSV')}
+    'a cell without end': ('image,tags\n' + 'a'*200_000 + ',cat\n', 'line 2', 'CSV'),
+}
 
 
 @pytest.mark.parametrize('name', BAD)
@@ -283,13 +353,16 @@ def test_bad_spreadsheets(pictures, name):
 
 
 def test_the_same_name_in_two_folders(pictures):
-    "Then the path tells which; the ids have the folder in front."
+    "The spreadsheet then names the path, and the folder becomes a prefix of the id."
     photo(pictures/'sub'/'a.jpg', 9)
     photo(pictures/'sub'/'deep er'/'e.jpeg', 9)
     text = 'image,tags\na.jpg,cat\nsub/a.jpg,dog\nsub/deep er/e,cat\nd,dog\n'
-    assert made(pictures, text)[0] == {'a': {'cat'}, 'sub_a': {'dog'}, 'sub_deep er_e': {'cat'}, 'd': {'dog'}}
-    assert (pictures.parent/'out'/'JPEGImages'/'sub_a.jpg').resolve() == pictures/'sub'/'a.jpg'
-    fails(lambda: made(pictures, 'image,tags\ne.jpeg,cat\n'), 'line 2', "'e.jpeg'", '2 photographs')
+    want = {'a': {'cat'}, 'sub_a': {'dog'}, 'sub_deep er_e': {'cat'}, 'd': {'dog'}}
+    assert made(pictures, text)[0] == want
+    link = pictures.parent/'out'/'JPEGImages'/'sub_a.jpg'
+    assert link.resolve() == pictures/'sub'/'a.jpg'
+    ambiguous = 'image,tags\ne.jpeg,cat\n'
+    fails(lambda: made(pictures, ambiguous), 'line 2', "'e.jpeg'", '2 photographs')
 
 
 def test_two_photographs_that_would_have_one_id(pictures):
@@ -306,20 +379,33 @@ def test_accents_of_a_mac(pictures):
 
 
 @pytest.mark.parametrize('name', ['x\ny.jpg', ' x.jpg', 'x.jpg.jpg', 'x\\y.jpg'])
-def test_names_that_can_be_no_id(pictures, name):
+def test_names_that_cannot_be_an_id(pictures, name):
     photo(pictures/name)
-    fails(lambda: write_folder(pictures.parent/'out', {name[:-4]: pictures/name}, {name[:-4]: []}, ['background', 'cat']), repr(name[:-4])[1:-1])
+    out, i = pictures.parent/'out', name.removesuffix('.jpg')
+    fails(lambda: write_folder(out, {i: pictures/name}, {i: []}, ['background', 'cat']),
+          repr(i)[1:-1])
     assert not (pictures.parent/'out').exists()
 
 
 def test_class_folders(tmp_path):
-    "The same photograph in two folders has both tags; another by the same name is another. A space becomes an underscore, `background` shows nothing."
-    for k, name in enumerate(['cat/1.jpg', 'cat/2.jpg', 'traffic light/2.jpg', 'traffic light/old/3.jpg', 'background/4.jpg', 'nowhere.jpg']):
+    """One photograph in two folders has both tags; different ones of one name get different ids.
+
+    A space becomes an underscore, the folder `background` gives no tag."""
+    names = ['cat/1.jpg', 'cat/2.jpg', 'traffic light/2.jpg', 'traffic light/old/3.jpg',
+             'background/4.jpg', 'nowhere.jpg']
+    for k, name in enumerate(names):
         photo(tmp_path/'all'/name, 40*k)
     shutil.copy(tmp_path/'all'/'cat'/'1.jpg', tmp_path/'all'/'traffic light'/'1.jpg')
     counts = make_folder(tmp_path/'out', tmp_path/'all')
-    assert tags_of(tmp_path/'out') == {'1': {'cat', 'traffic_light'}, 'cat_2': {'cat'}, 'traffic light_2': {'traffic_light'}, '3': {'traffic_light'}, '4': set()}
-    assert counts == {'images': 5, 'without tags': 1, 'masks': 0, 'left out': 1, 'other files': 0} and not folder_report(tmp_path/'out')[1]
+    assert tags_of(tmp_path/'out') == {
+        '1': {'cat', 'traffic_light'},
+        'cat_2': {'cat'},
+        'traffic light_2': {'traffic_light'},
+        '3': {'traffic_light'},
+        '4': set(),
+    }
+    assert counts == {'images': 5, 'without tags': 1, 'masks': 0, 'left out': 1, 'other files': 0}
+    assert not folder_report(tmp_path/'out')[1]
 
 
 def test_folders_that_are_no_classes(tmp_path):
@@ -333,13 +419,14 @@ def test_folders_that_are_no_classes(tmp_path):
 
 
 def test_masks_for_evaluation(pictures):
-    "Images that have a mask are judged with, the others learned from; where all have one there is nothing to part."
+    "Images with a mask are for evaluation, the others for training; all masked: one list."
     masks = pictures.parent/'masks'
     write_mask(masks/'b c.png', np.ones((8, 12)))
     write_mask(masks/'nobody.png', np.ones((8, 12)))
     counts = made(pictures, SHEETS['spaces'], masks=masks)[1]
     out = pictures.parent/'out'
-    assert counts['masks'] == 1 and TagFolder(out, 'val').ids == ['b c'] and TagFolder(out).ids == ['a', 'd', 'e']
+    assert counts['masks'] == 1
+    assert TagFolder(out, 'val').ids == ['b c'] and TagFolder(out).ids == ['a', 'd', 'e']
     check(TagFolder(out, 'val'), masks=True)
     table, problems = folder_report(out)
     assert not problems and table.loc['masks'].to_dict() == {'train': 0, 'val': 1}
@@ -353,8 +440,10 @@ def test_masks_for_evaluation(pictures):
     fails(lambda: made(pictures, SHEETS['spaces'], masks=masks), 'masks', 'a.png')
 
 
-def test_nothing_of_the_users_is_lost(pictures):
-    "Photographs that lie in the layout already stay files, the list is not written over, and a folder is not made inside its own photographs."
+def test_no_file_of_the_user_is_lost(pictures):
+    """Photographs that already lie in the layout stay files, and the list is not overwritten.
+
+    A folder is not made inside its own photographs."""
     out = pictures.parent/'out'
     out.mkdir()
     pictures.rename(out/'JPEGImages')
@@ -366,14 +455,15 @@ def test_nothing_of_the_users_is_lost(pictures):
     make_folder(out, out/'JPEGImages', out/'list.csv')
     assert tags_of(out) == WANT and not any(p.is_symlink() for p in out.rglob('*'))
     for inside in (out, out/'new', out/'..'/'out'/'new'):
-        fails(lambda: make_folder(inside, out, out/'list.csv'), 'lies in')
+        fails(lambda inside=inside: make_folder(inside, out, out/'list.csv'), 'lies in')
     photo(pictures/'a.jpg', 99)
     (out/'list.csv').write_text('image,tags\na,cat\n')
-    fails(lambda: make_folder(out, pictures, out/'list.csv'), 'JPEGImages/a.jpg', 'there already')
+    fails(lambda: make_folder(out, pictures, out/'list.csv'),
+          'JPEGImages/a.jpg', 'there already')
 
 
 def test_images_that_are_a_link_to_a_folder(pictures):
-    "Then it is the user's own folder: nothing is taken away from it."
+    "A linked folder belongs to the user: no link in it is deleted."
     out = pictures.parent/'out'
     out.mkdir()
     (out/'JPEGImages').symlink_to(pictures)
@@ -385,17 +475,27 @@ def test_images_that_are_a_link_to_a_folder(pictures):
     assert (pictures/'z.jpg').is_symlink()
 
 
+def is_name(text): return text == text.strip() and text[0] != '.' and text != '..'
+
+
+NAMES = st.text('abc é.-,;"\'', min_size=1, max_size=5).filter(is_name)
+TAGS = st.sets(st.sampled_from(['cat', 'dog', 'Übermut']))
+TAGGED = st.dictionaries(NAMES, TAGS, min_size=1, max_size=5)
+
+
 @settings(max_examples=40)
-@given(st.dictionaries(st.text('abc é.-,;"\'', min_size=1, max_size=5).filter(lambda s: s == s.strip() and s[0] != '.' and s != '..'),
-                       st.sets(st.sampled_from(['cat', 'dog', 'Übermut'])), min_size=1, max_size=5).filter(lambda want: any(want.values())), st.sampled_from(',;'))
+@given(TAGGED.filter(lambda want: any(want.values())), st.sampled_from(',;'))
 def test_any_names_and_tags(tmp_path_factory, want, delimiter):
-    "What a spreadsheet program writes, by pandas, in both forms and with either separator, comes out as it went in."
+    "Spreadsheets that pandas writes, in both forms and with either separator, are read unchanged."
     box = tmp_path_factory.mktemp('any')
     for k, name in enumerate(want):
         photo(box/'p'/f'{name}.jpg', k)
     words = sorted(set().union(*want.values()))
-    pd.DataFrame({'image': [f'{i}.jpg' for i in want], 'tags': [' '.join(w) for w in want.values()]}).to_csv(box/'narrow.csv', sep=delimiter, index=False, encoding='utf-8-sig')
-    pd.DataFrame({'image': [*want], **{c: [c in w for w in want.values()] for c in words}}).to_csv(box/'wide.csv', sep=delimiter, index=False, lineterminator='\r\n')
+    narrow = {'image': [f'{i}.jpg' for i in want], 'tags': [' '.join(w) for w in want.values()]}
+    wide = {'image': [*want], **{c: [c in w for w in want.values()] for c in words}}
+    options = dict(sep=delimiter, index=False)
+    pd.DataFrame(narrow).to_csv(box/'narrow.csv', encoding='utf-8-sig', **options)
+    pd.DataFrame(wide).to_csv(box/'wide.csv', lineterminator='\r\n', **options)
     for sheet in ('narrow', 'wide'):
         make_folder(box/sheet, box/'p', box/f'{sheet}.csv')
         assert tags_of(box/sheet) == want
@@ -404,94 +504,183 @@ def test_any_names_and_tags(tmp_path_factory, want, delimiter):
 # The report.
 
 def test_report_of_a_good_folder(mine):
-    "Counted as one would by hand."
+    "The counts equal those by hand."
     table, problems = folder_report(mine)
     assert not problems and [*table.columns] == ['train', 'val']
     for split in table:
         folder = TagFolder(mine, split)
-        assert table[split].tolist() == [len(folder), len(folder), len(folder), *folder.tags.sum(0).int().tolist()]
+        n = len(folder)
+        assert table[split].tolist() == [n, n, n, *folder.tags.sum(0).int().tolist()]
     assert [*table.index] == ['images', 'masks', 'saliency', *folder.classes[1:]]
 
 
-def spoil(root, file, old=None, new=''):
-    "Change a text; without `old`, the file becomes `new` alone."
-    path = root/file
-    path.write_text(path.read_text().replace(old, new) if old else new)
+def edit(file, old, new):
+    "Damage: replace a text in a file."
+    def damage(root): (root/file).write_text((root/file).read_text().replace(old, new))
+    return damage
 
 
-DAMAGE = {   # what is done -> file and words of the one sentence about it
-    'no classes': (lambda r: (r/'classes.txt').unlink(), 'classes.txt', 'missing'),
-    'a class twice': (lambda r: spoil(r, 'classes.txt', 'cat\n', 'cat\ncat\n'), 'classes.txt', "'cat' more than once"),
-    'no tags': (lambda r: (r/'tags.csv').unlink(), 'tags.csv', 'missing'),
-    'no rows': (lambda r: spoil(r, 'tags.csv', None, 'image,tags\n'), 'tags.csv', 'no row'),
-    'a bad row': (lambda r: spoil(r, 'tags.csv', 'image,tags\n', 'image,tags\na,b,c\n'), 'tags.csv line', '3 columns'),
-    'an unknown tag': (lambda r: spoil(r, 'tags.csv', 'train00003,', 'train00003,unicorn '), 'tags.csv line', 'unicorn'),
-    'a row twice': (lambda r: spoil(r, 'tags.csv', 'train00003,', 'train00003,cat\ntrain00003,'), 'tags.csv line', "repeats image 'train00003'"),
-    'a row without image': (lambda r: spoil(r, 'tags.csv', 'image,tags\n', 'image,tags\nnobody,cat\n'), 'tags.csv', "'nobody'"),
-    'an id without file': (lambda r: spoil(r, 'ImageSets/val.txt', 'val00000', 'val00000\nnobody'), 'nobody.jpg', "'val'"),
-    'an id that leads out': (lambda r: spoil(r, 'ImageSets/val.txt', 'val00000', 'val00000\n../val00001'), 'val.txt line', "'../val00001'"),
-    'an id twice': (lambda r: spoil(r, 'ImageSets/val.txt', 'val00002', 'val00002\nval00002'), 'val.txt', "'val00002' 2 times"),
-    'an empty list': (lambda r: spoil(r, 'ImageSets/test.txt'), "'test'", 'empty'),
-    'no list': (lambda r: [p.unlink() for p in (r/'ImageSets').iterdir()], 'ImageSets', 'no list'),
-    'lists that overlap': (lambda r: spoil(r, 'ImageSets/val.txt', 'val00003', 'val00003\ntrain00002\ntrain00004'), 'train.txt and val.txt share 2', "'train00002'"),
-    'an image in no list': (lambda r: spoil(r, 'ImageSets/val.txt', 'val00001\n'), 'val00001.jpg', 'no list'),
-    'an image that is cut off': (lambda r: (r/'JPEGImages'/'train00001.jpg').write_bytes(b'\xff\xd8\xff'), 'train00001.jpg', 'cannot be read as an image'),
-    'another kind of file': (lambda r: (r/'JPEGImages'/'a.tif').write_bytes(b''), 'a.tif', 'not read'),
-    'a folder among the images': (lambda r: (r/'JPEGImages'/'a.jpg').mkdir(), 'a.jpg', 'folder'),
-    'a mask of another size': (lambda r: write_mask(r/'SegmentationClass'/'train00001.png', np.zeros((3, 4))), 'train00001.png', '4x3', '128x128'),
-    'a mask of other classes': (lambda r: write_mask(r/'SegmentationClass'/'train00001.png', np.full((128, 128), 7)), 'train00001.png', 'value 7'),
-    'a mask in colour': (lambda r: Image.new('RGB', (128, 128)).save(r/'SegmentationClass'/'train00001.png'), 'train00001.png', 'palette'),
-    'a mask of nobody': (lambda r: write_mask(r/'SegmentationClass'/'nobody.png', np.zeros((3, 4))), 'nobody.png', 'belongs to no image'),
-    'a mask that is a broken link': (lambda r: [(p := r/'SegmentationClass'/'train00001.png').unlink(), p.symlink_to('nowhere')], 'train00001.png', 'cannot be read'),
-    'saliency that is no image': (lambda r: (r/'Saliency'/'train00001.png').write_bytes(b''), 'Saliency', 'train00001.png', 'cannot be read'),
-    'a class that nobody has': (lambda r: spoil(r, 'classes.txt', 'cat\n', 'cat\ngriffin\n'), 'classes.txt', "'griffin'", 'no image'),
-    'no images': (lambda r: (shutil.rmtree(r/'JPEGImages'), (r/'tags.csv').unlink(), shutil.rmtree(r/'ImageSets')), 'JPEGImages is missing')}
+def write(file, content):
+    "Damage: write a text or bytes to a file."
+    data = content.encode() if isinstance(content, str) else content
+    def damage(root): (root/file).write_bytes(data)
+    return damage
+
+
+def delete(*names):
+    "Damage: delete files or folders."
+    def damage(root):
+        for name in names:
+            if (root/name).is_dir():
+                shutil.rmtree(root/name)
+            else:
+                (root/name).unlink()
+    return damage
+
+
+def mask(name, values):
+    "Damage: write a mask."
+    def damage(root): write_mask(root/'SegmentationClass'/name, values)
+    return damage
+
+
+def empty_lists(root):
+    for p in (root/'ImageSets').iterdir():
+        p.unlink()
+
+
+def folder_among_images(root): (root/'JPEGImages'/'a.jpg').mkdir()
+
+
+def colour_mask(root):
+    Image.new('RGB', (128, 128)).save(root/'SegmentationClass'/'train00001.png')
+
+
+def broken_link(root):
+    path = root/'SegmentationClass'/'train00001.png'
+    path.unlink()
+    path.symlink_to('nowhere')
+
+
+DAMAGE = {  # kind of damage -> function that does it; file and words of the one sentence about it
+    'no classes':
+        (delete('classes.txt'), 'classes.txt', 'missing'),
+    'a class twice':
+        (edit('classes.txt', 'cat\n', 'cat\ncat\n'), 'classes.txt', "'cat' more than once"),
+    'no tags':
+        (delete('tags.csv'), 'tags.csv', 'missing'),
+    'no rows':
+        (write('tags.csv', 'image,tags\n'), 'tags.csv', 'no row'),
+    'a bad row':
+        (edit('tags.csv', 'image,tags\n', 'image,tags\na,b,c\n'), 'tags.csv line', '3 columns'),
+    'an unknown tag':
+        (edit('tags.csv', 'train00003,', 'train00003,unicorn '), 'tags.csv line', 'unicorn'),
+    'a row twice':
+        (edit('tags.csv', 'train00003,', 'train00003,cat\ntrain00003,'),
+         'tags.csv line', "repeats image 'train00003'"),
+    'a row without image':
+        (edit('tags.csv', 'image,tags\n', 'image,tags\nnobody,cat\n'), 'tags.csv', "'nobody'"),
+    'an id without file':
+        (edit('ImageSets/val.txt', 'val00000', 'val00000\nnobody'), 'nobody.jpg', "'val'"),
+    'an id that leads out':
+        (edit('ImageSets/val.txt', 'val00000', 'val00000\n../val00001'),
+         'val.txt line', "'../val00001'"),
+    'an id twice':
+        (edit('ImageSets/val.txt', 'val00002', 'val00002\nval00002'),
+         'val.txt', "'val00002' 2 times"),
+    'an empty list':
+        (write('ImageSets/test.txt', ''), "'test'", 'empty'),
+    'no list':
+        (empty_lists, 'ImageSets', 'no list'),
+    'lists that overlap':
+        (edit('ImageSets/val.txt', 'val00003', 'val00003\ntrain00002\ntrain00004'),
+         'train.txt and val.txt share 2', "'train00002'"),
+    'an image in no list':
+        (edit('ImageSets/val.txt', 'val00001\n', ''), 'val00001.jpg', 'no list'),
+    'an image that is cut off':
+        (write('JPEGImages/train00001.jpg', b'\xff\xd8\xff'),
+         'train00001.jpg', 'cannot be read as an image'),
+    'another kind of file':
+        (write('JPEGImages/a.tif', ''), 'a.tif', 'not read'),
+    'a folder among the images':
+        (folder_among_images, 'a.jpg', 'folder'),
+    'a mask of another size':
+        (mask('train00001.png', np.zeros((3, 4))), 'train00001.png', '4x3', '128x128'),
+    'a mask of other classes':
+        (mask('train00001.png', np.full((128, 128), 7)), 'train00001.png', 'value 7'),
+    'a mask in colour':
+        (colour_mask, 'train00001.png', 'palette'),
+    'a mask without image':
+        (mask('nobody.png', np.zeros((3, 4))), 'nobody.png', 'belongs to no image'),
+    'a mask that is a broken link':
+        (broken_link, 'train00001.png', 'cannot be read'),
+    'saliency that is no image':
+        (write('Saliency/train00001.png', ''), 'Saliency', 'train00001.png', 'cannot be read'),
+    'a class without image':
+        (edit('classes.txt', 'cat\n', 'cat\ngriffin\n'), 'classes.txt', "'griffin'", 'no image'),
+    'no images':
+        (delete('JPEGImages', 'tags.csv', 'ImageSets'), 'JPEGImages is missing'),
+}
 
 
 @pytest.mark.parametrize('name', DAMAGE)
-def test_report_tells_each_problem_once(mine, name):
+def test_report_names_each_problem_once(mine, name):
     damage, *words = DAMAGE[name]
     damage(mine)
     problems = folder_report(mine)[1]
-    told = [p for p in problems if all(w in p for w in words)]
-    assert len(told) == 1 and len(problems) == 1 + 2*(name == 'no images'), problems   # then there are no tags, and the one list is empty
-    assert str(mine) in told[0]
+    about = [p for p in problems if all(w in p for w in words)]
+    # without images there are no tags either, and the one list is empty
+    assert len(about) == 1 and len(problems) == (3 if name == 'no images' else 1), problems
+    assert str(mine) in about[0]
 
 
-def test_report_tells_all_problems_at_once(mine):
+ALONE = {  # damage that hides other damage
+    'no classes', 'no tags', 'no rows', 'no list', 'no images', 'a mask of other classes',
+    'a mask in colour', 'a mask that is a broken link', 'a mask of another size',
+    'an image in no list', 'a class twice', 'a row twice',
+}
+
+
+def test_report_names_all_problems_at_once(mine):
     "Damage that does not touch the same files adds up."
-    together = [n for n in DAMAGE if n not in ('no classes', 'no tags', 'no rows', 'no list', 'no images', 'a mask of other classes', 'a mask in colour', 'a mask that is a broken link',
-                                               'a mask of another size', 'an image in no list', 'a class twice', 'a row twice')]
-    for n in together:
-        DAMAGE[n][0](mine)
+    together = [name for name in DAMAGE if name not in ALONE]
+    for name in together:
+        DAMAGE[name][0](mine)
     problems = folder_report(mine)[1]
-    for n in together:
-        assert sum(all(w in p for w in DAMAGE[n][1:]) for p in problems) == 1, (n, problems)
+    for name in together:
+        about = [p for p in problems if all(w in p for w in DAMAGE[name][1:])]
+        assert len(about) == 1, (name, problems)
     assert len(problems) == len(together) == len(set(problems))
 
 
 def test_lists_that_may_overlap(mine):
-    "Lists to learn from, among themselves; any with one whose name says neither; and trainval with both."
-    ids = (mine/'ImageSets'/'train.txt').read_text(), (mine/'ImageSets'/'val.txt').read_text()
-    for name, text in (('train_aug', ids[0]), ('trainval', ids[0] + ids[1]), ('mine', ids[1]), ('val_small', ids[1][:9])):
-        (mine/'ImageSets'/f'{name}.txt').write_text(text)
+    "Training lists among themselves; a list of another name with any; trainval with both."
+    lists = mine/'ImageSets'
+    train, val = (lists/'train.txt').read_text(), (lists/'val.txt').read_text()
+    (lists/'train_aug.txt').write_text(train)
+    (lists/'trainval.txt').write_text(train + val)
+    (lists/'mine.txt').write_text(val)
+    (lists/'val_small.txt').write_text(val[:9])
     assert not folder_report(mine)[1]
-    (mine/'ImageSets'/'test.txt').write_text(ids[1])
-    assert [p.split('ImageSets/')[1][:17] for p in folder_report(mine)[1]] == ['test.txt and val.', 'test.txt and val_']
+    (lists/'test.txt').write_text(val)
+    problems = [p.split('ImageSets/')[1][:17] for p in folder_report(mine)[1]]
+    assert problems == ['test.txt and val.', 'test.txt and val_']
 
 
 def test_report_of_any_folder(tmp_path):
-    "Empty, missing, or something else altogether."
+    "An empty folder, and one that does not exist."
     for root in (tmp_path, tmp_path/'nowhere'):
         table, problems = folder_report(root)
-        assert any('classes.txt is missing' in p for p in problems) and any('JPEGImages is missing' in p for p in problems) and any('tags.csv is missing' in p for p in problems)
+        for name in ('classes.txt', 'JPEGImages', 'tags.csv'):
+            assert any(f'{name} is missing' in p for p in problems)
         assert table['train'].tolist() == [0, 0, 0]
 
 
 def test_photographs_of_voc():
-    "The folder that is lent to us, where it is there."
+    "A prepared folder of real photographs, where it is available."
     root = pathlib.Path(__file__).parents[2]/'shared'/'data'/'voc-animals'
     if not root.is_dir():
         pytest.skip('no voc-animals here')
     table, problems = folder_report(root)
-    assert not problems and table['train']['images'] == 2450 and table['val'][['images', 'masks', 'dog', 'cat']].tolist() == [222, 222, 64, 60]
+    assert not problems and table['train']['images'] == 2450
+    assert table['val'][['images', 'masks', 'dog', 'cat']].tolist() == [222, 222, 64, 60]
