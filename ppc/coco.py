@@ -10,8 +10,10 @@ import json
 import os
 from array import array
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
@@ -21,7 +23,7 @@ from .folders import unpack, write_folder
 
 # %% ../nbs/06_coco.ipynb #9de76320
 def _compact(row):
-    "Polygons as arrays; None where they are not lists of numbers."
+    "Replace polygons by arrays, and by None where they are not lists of numbers."
     if isinstance(row.get('segmentation'), list):
         try:
             row['segmentation'] = [array('d', p) for p in row['segmentation']]
@@ -29,166 +31,240 @@ def _compact(row):
             row['segmentation'] = None
     return row
 
-FIELDS = {'images': {'id': int, 'file_name': str, 'height': int, 'width': int}, 'categories': {'id': int, 'name': str},
-          'annotations': {'id': int, 'image_id': int, 'category_id': int, 'segmentation': (list, dict)}}
+# %% ../nbs/06_coco.ipynb #fb66ade7
+FIELDS = {
+    'images': {'id': int, 'file_name': str, 'height': int, 'width': int},
+    'categories': {'id': int, 'name': str},
+    'annotations': {'id': int, 'image_id': int, 'category_id': int, 'segmentation': (list, dict)},
+}
 
 def read_instances(
-    path,  # instances_*.json
-) -> dict: # images, categories, annotations: lists of rows, each sound
-    "The tables of a file of COCO's. Raises `DataError` with the first row that is not what it must be."
+    path: Path | str,      # instances_*.json
+) -> dict[str, list[dict]]: # images, categories, annotations: lists of checked rows
+    "Read the tables of a file of COCO. Raises `DataError` with the first row that is not valid."
     try:
         with open(path, encoding='utf-8') as f:
             tables = json.load(f, object_hook=_compact)
     except (OSError, ValueError, RecursionError) as e:
         raise DataError(f'{path} cannot be read as JSON ({e}): unpack it again.') from None
+    _check_fields(path, tables)
+    _check_references(path, tables)
+    return tables
+
+# %% ../nbs/06_coco.ipynb #d5252061
+def _check_fields(path, tables):
+    "Each table holds rows, with each of `FIELDS` and with different ids."
     for table, fields in FIELDS.items():
         rows = tables.get(table) if isinstance(tables, dict) else None
         if not isinstance(rows, list) or not rows:
             raise DataError(f'{path} has no {table}: give a file instances_*.json of COCO.')
         for n, row in enumerate(rows):
-            for f, kind in fields.items():
-                if not isinstance(row, dict) or not isinstance(row.get(f), kind):
-                    raise DataError(f'{path} has no sound {f!r} in row {n} of {table}.')
+            for field, kind in fields.items():
+                if not isinstance(row, dict) or not isinstance(row.get(field), kind):
+                    raise DataError(f'{path} has no valid {field!r} in row {n} of {table}.')
         if len({row['id'] for row in rows}) < len(rows):
             raise DataError(f'{path} has two {table} with the same id.')
-    _check_rows(path, tables)
-    return tables
 
 # %% ../nbs/06_coco.ipynb #87a2f664
-def _check_rows(path, tables):
-    images, categories = {i['id']: i for i in tables['images']}, {c['id'] for c in tables['categories']}
-    for name in (i['file_name'] for i in tables['images']):
-        if name in ('', '..') or name != Path(name).name:
-            raise DataError(f'{path} has the photograph {name!r}, which is not the name of a file: do not trust this file.')
+def _check_references(path, tables):
+    images = {i['id']: i for i in tables['images']}
+    categories = {c['id'] for c in tables['categories']}
+    _check_names(path, tables['images'])
     for a in tables['annotations']:
         where = f"{path}, annotation {a['id']},"
         if a['image_id'] not in images:
             raise DataError(f"{where} is of image {a['image_id']}, which the file does not have.")
         if a['category_id'] not in categories:
-            raise DataError(f"{where} is of category {a['category_id']}, which the file does not have.")
-        wrong = _wrong(a['segmentation'], images[a['image_id']]['height'], images[a['image_id']]['width'])
-        if wrong:
-            raise DataError(f'{where} {wrong}.')
+            raise DataError(f"{where} is of category {a['category_id']}, "
+                            'which the file does not have.')
+        image = images[a['image_id']]
+        problem = _outline_problem(a['segmentation'], image['height'], image['width'])
+        if problem:
+            raise DataError(f'{where} {problem}.')
+
+# %% ../nbs/06_coco.ipynb #c7f44022
+def _check_names(path, images):
+    for image in images:
+        name = image['file_name']
+        if name in ('', '..') or name != Path(name).name:
+            raise DataError(f'{path} has the photograph {name!r}, which is not the name of a file: '
+                            'do not trust this file.')
 
 # %% ../nbs/06_coco.ipynb #7653ac3c
-def _wrong(outline, h, w):  # what is wrong with it, or None
+def _outline_problem(outline, h, w):
+    "What is wrong with an outline, or None."
     if isinstance(outline, dict):
-        counts = outline.get('counts')
-        if outline.get('size') != [h, w] or not isinstance(counts, list):
-            return f'is no list of runs for {w}x{h} pixels'
-        if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != h*w:
-            return f'has runs that do not add up to {w}x{h} pixels'
-    elif any(len(p) % 2 for p in outline):
+        return _code_problem(outline, h, w)
+    if any(len(p) % 2 for p in outline):
         return 'has half a point'
-    elif not any(len(p) >= 6 for p in outline):
+    if not any(len(p) >= 6 for p in outline):
         return 'has no polygon of three points'
-    elif not all(-side <= v <= 2*side for side in [max(h, w)] for p in outline for v in p):
+    side = max(h, w)
+    if not all(-side <= v <= 2*side for p in outline for v in p):   # also refuses NaN
         return 'has a point far outside its image'
+
+# %% ../nbs/06_coco.ipynb #22499805
+def _code_problem(code, h, w):
+    "What is wrong with a run-length code, or None."
+    counts = code.get('counts')
+    if code.get('size') != [h, w] or not isinstance(counts, list):
+        return f'is no list of runs for {w}x{h} pixels'
+    if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) != h*w:
+        return f'has runs that do not add up to {w}x{h} pixels'
 
 # %% ../nbs/06_coco.ipynb #95ead676
 def coco_classes(
-    tables, # of `read_instances`
-):          # names, background first; category id -> class number
-    "The classes of a file. Raises `DataError` where there are more than a mask has numbers for."
+    tables: dict[str, list[dict]],  # from `read_instances`
+) -> tuple[list[str], dict[int, int]]:  # names, background first; category id -> class number
+    "Number the classes of a file. Raises `DataError` when a mask cannot hold so many."
     rows = sorted(tables['categories'], key=lambda c: c['id'])
     if len(rows) > 254:
         raise DataError(f'{len(rows)} categories: a mask holds up to 254 classes.')
-    return ['background', *('_'.join(c['name'].split()) for c in rows)], {c['id']: n for n, c in enumerate(rows, 1)}
+    names = ['background', *('_'.join(c['name'].split()) for c in rows)]
+    return names, {c['id']: n for n, c in enumerate(rows, 1)}
 
 # %% ../nbs/06_coco.ipynb #97f23575
+def _run_length_code(outline, size):
+    "pycocotools' code of an outline."
+    if isinstance(outline, dict):
+        return rle.frPyObjects(outline, *size)
+    polygons = [p for p in outline if len(p) >= 6]   # one or two points enclose nothing
+    return rle.merge(rle.frPyObjects(polygons, *size))
+
+# %% ../nbs/06_coco.ipynb #336fdbdb
 def paint(
-    annotations, # rows of one image
-    number,      # category id -> class number
-    size,        # (H, W)
-):               # (H, W) uint8 class numbers, 255 in crowds
-    "The mask of an image: crowds below, then objects from the largest to the smallest."
+    annotations: list[dict],  # rows of one image
+    number: dict[int, int],   # category id -> class number
+    size: tuple[int, int],    # (H, W)
+) -> np.ndarray:              # (H, W) uint8 class numbers, 255 in crowds
+    "Paint the mask of an image: crowds first, then objects from the largest to the smallest."
     layers = []
     for a in annotations:
-        s, crowd = a['segmentation'], bool(a.get('iscrowd'))
-        code = rle.frPyObjects(s, *size) if isinstance(s, dict) else rle.merge(rle.frPyObjects([p for p in s if len(p) >= 6], *size))
-        layers.append((not crowd, -int(rle.area(code)), a['id'], 255 if crowd else number[a['category_id']], code))
-    mask = np.zeros(size, np.uint8, order='F')   # the order of the codes
-    for *_, value, code in sorted(layers, key=lambda l: l[:3]):
+        code = _run_length_code(a['segmentation'], size)
+        is_object = not a.get('iscrowd')
+        value = number[a['category_id']] if is_object else 255
+        layers.append(((is_object, -int(rle.area(code)), a['id']), value, code))
+    mask = np.zeros(size, np.uint8, order='F')   # column by column, as the codes are
+    for _, value, code in sorted(layers, key=lambda layer: layer[0]):
         mask[rle.decode(code).view(bool)] = value
     return mask
 
 # %% ../nbs/06_coco.ipynb #3cf5e9da
-FETCH = ('COCO 2014 is not downloaded from here: fetch train2014.zip (13 GB), val2014.zip (6 GB) and annotations_trainval2014.zip (0.3 GB) '
-         'from cocodataset.org and give them, or the folders unpacked from them, as sources.')
+FETCH = ('COCO 2014 is not downloaded from here: fetch train2014.zip (13 GB), val2014.zip (6 GB) '
+         'and annotations_trainval2014.zip (0.3 GB) from cocodataset.org and give them, '
+         'or the folders unpacked from them, as sources.')
 
-def _folders(sources, originals):  # folder -> names of the files in it
+def _list_folders(sources, originals):
+    "folder -> names of the files in it, for all folders of the sources."
     found = {}
     for source in map(Path, sources):
         if not source.exists():
             raise DataError(f'{source} is missing. {FETCH}')
         top = source if source.is_dir() else unpack(source, originals/source.name.split('.')[0])
-        for d, inner, names in os.walk(top, followlinks=True):
-            if (real := Path(d).resolve()) in found:
-                inner.clear()   # links may go in circles
+        for folder, inner, names in os.walk(top, followlinks=True):
+            real = Path(folder).resolve()
+            if real in found:   # links may lead in a circle
+                inner.clear()
             else:
                 found[real] = {*names}
     return found
 
-def _home(names, folders):  # the folder that has most of the files
+# %% ../nbs/06_coco.ipynb #631e6945
+def _find_folder(names, folders):
+    "The folder that has most of the files."
     wanted = {*names}
-    home = max(sorted(folders), key=lambda d: len(folders[d] & wanted))
-    if not folders[home] & wanted:
+    best = max(sorted(folders), key=lambda folder: len(folders[folder] & wanted))
+    if not folders[best] & wanted:
         raise DataError(f'{names[0]} is in none of the sources. {FETCH}')
-    return home
+    return best
 
 # %% ../nbs/06_coco.ipynb #9a079781
-def _items(split, folders):  # class names; category id -> number; id -> (photograph, (H, W), annotations); number of images without any
+class _Split(NamedTuple):
+    classes: list[str]      # background first
+    number: dict[int, int]  # category id -> class number
+    items: dict[str, tuple] # id -> (photograph, (H, W), annotations)
+    untagged: int           # number of images without annotations
+
+def _read_split(split, folders):
     name = f'instances_{split}2014.json'
-    tables, of_image = read_instances(_home([name], folders)/name), defaultdict(list)
+    tables = read_instances(_find_folder([name], folders)/name)
+    by_image = defaultdict(list)
     for a in tables['annotations']:
-        of_image[a['image_id']].append(a)
-    images = sorted(tables['images'], key=lambda i: i['file_name'])
-    tagged = [i for i in images if i['id'] in of_image]
-    home = _home([i['file_name'] for i in tagged], folders)
-    for i in tagged:
-        if i['file_name'] not in folders[home]:
-            raise DataError(f"{home/i['file_name']} is missing: unpack {split}2014.zip again.")
-    items = {Path(i['file_name']).stem: (home/i['file_name'], (i['height'], i['width']), of_image[i['id']]) for i in tagged}
+        by_image[a['image_id']].append(a)
+    tagged = [i for i in tables['images'] if i['id'] in by_image]
+    tagged = sorted(tagged, key=lambda i: i['file_name'])
+    photographs = _locate_photographs(split, [i['file_name'] for i in tagged], folders)
+    items = {Path(i['file_name']).stem: (file, (i['height'], i['width']), by_image[i['id']])
+             for i, file in zip(tagged, photographs)}
     if len(items) < len(tagged):
         raise DataError(f'{name} has two photographs of the same name.')
-    return (*coco_classes(tables), items, len(images) - len(tagged))
+    return _Split(*coco_classes(tables), items, len(tables['images']) - len(tagged))
+
+# %% ../nbs/06_coco.ipynb #a5ab57d8
+def _locate_photographs(split, names, folders):
+    folder = _find_folder(names, folders)
+    for name in names:
+        if name not in folders[folder]:
+            raise DataError(f'{folder/name} is missing: unpack {split}2014.zip again.')
+    return [folder/name for name in names]
 
 # %% ../nbs/06_coco.ipynb #b4096864
 def make_coco(
-    root,       # dataset folder to make, or to continue
-    sources=(), # train2014.zip, val2014.zip, annotations_trainval2014.zip, or folders that hold what is in them
-    workers=4,  # threads that write masks
-) -> dict:      # number of classes, of train and val images, and of images left out
-    "The splits train and val of COCO 2014 with their masks. Raises `DataError` where the sources lack something or contradict themselves."
+    root: Path | str,                   # dataset folder to make, or to continue
+    sources: Iterable[Path | str] = (), # train2014.zip, val2014.zip, annotations_trainval2014.zip,
+                                        # or the folders unpacked from them
+    workers: int = 4,                   # threads that write masks
+) -> dict[str, int]:  # number of classes, of train and val images, and of images left out
+    """Make the splits train and val of COCO 2014 with their masks.
+    Raises `DataError` when the sources are incomplete or contradict each other."""
     if not sources:
         raise DataError(FETCH)
     root = Path(root)
-    folders = _folders(sources, root/'originals')
-    (classes, number, train, no_train), (others, _, val, no_val) = [_items(s, folders) for s in ('train', 'val')]
-    if classes != others:
-        raise DataError('instances_train2014.json and instances_val2014.json have different categories: take both from one archive.')
-    twice = next(iter(train.keys() & val.keys()), None)
-    if twice:
-        raise DataError(f'{twice} is in train and in val: a result on val would be worth nothing.')
-    items = train | val
-    tags = {i: [classes[c] for c in sorted({number[a['category_id']] for a in annotations})] for i, (_, _, annotations) in items.items()}
-    write_folder(root, {i: file for i, (file, _, _) in items.items()}, tags, classes, {'train': [*train], 'val': [*val]})
+    folders = _list_folders(sources, root/'originals')
+    train, val = (_read_split(split, folders) for split in ('train', 'val'))
+    _check_compatible(train, val)
+    items = train.items | val.items
+    files = {i: file for i, (file, _, _) in items.items()}
+    splits = {'train': [*train.items], 'val': [*val.items]}
+    write_folder(root, files, _tags(items, train), train.classes, splits)
+    jobs = [(root/'SegmentationClass'/f'{i}.png', train.number, *item) for i, item in items.items()]
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [(root/'SegmentationClass'/f'{i}.png', number, *item) for i, item in items.items()]
-        for _ in tqdm(pool.map(_write, jobs), total=len(jobs), desc='masks'):
+        for _ in tqdm(pool.map(_write_mask, jobs), total=len(jobs), desc='masks'):
             pass
-    return dict(classes=len(classes) - 1, train=len(train), val=len(val), without_tags=no_train + no_val)
+    return dict(classes=len(train.classes) - 1, train=len(train.items), val=len(val.items),
+                without_tags=train.untagged + val.untagged)
+
+# %% ../nbs/06_coco.ipynb #508bdb83
+def _check_compatible(train, val):
+    if train.classes != val.classes:
+        raise DataError('instances_train2014.json and instances_val2014.json have different '
+                        'categories: take both from one archive.')
+    both = next(iter(train.items.keys() & val.items.keys()), None)
+    if both:
+        raise DataError(f'{both} is in train and in val: a result on val would not be valid. '
+                        'Take all sources from one release of COCO 2014.')
+
+# %% ../nbs/06_coco.ipynb #900db333
+def _tags(items, split):
+    "id -> class names, without repetition, in the order of the classes."
+    tags = {}
+    for i, (_, _, annotations) in items.items():
+        numbers = {split.number[a['category_id']] for a in annotations}
+        tags[i] = [split.classes[c] for c in sorted(numbers)]
+    return tags
 
 # %% ../nbs/06_coco.ipynb #071b9c43
-def _write(job):
+def _write_mask(job):
+    "Write one mask unless it exists."
     out, number, file, size, annotations = job
     if out.exists():
         return
     try:
-        with Image.open(file) as im:
-            found = im.size
+        with Image.open(file) as image:
+            width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f'{file} cannot be read as an image ({e}): unpack it again.') from None
-    if sorted(found) != sorted(size):
-        raise DataError(f'{file} is {found[0]}x{found[1]}, but by its annotations {size[1]}x{size[0]}: take both from one dataset.')
+    if sorted((height, width)) != sorted(size):   # EXIF may turn the photograph by 90°
+        raise DataError(f'{file} is {width}x{height}, but by its annotations '
+                        f'{size[1]}x{size[0]}: take both from one dataset.')
     write_mask(out, paint(annotations, number, size))

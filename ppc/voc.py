@@ -12,6 +12,8 @@ import os
 import pickle
 import pickletools
 import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 import numpy as np
 from defusedxml import ElementTree
@@ -24,177 +26,254 @@ from .data import DataError, read_lines, write_mask
 from .folders import unpack, write_folder
 
 # %% ../nbs/05_voc.ipynb #0b49e9d6
-VOC_CLASSES = ['background', 'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',
-               'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor']
+VOC_CLASSES = [
+    'background', 'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair',
+    'cow', 'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
+    'train', 'tvmonitor',
+]
 
 # %% ../nbs/05_voc.ipynb #c52b26ab
-def read_objects(
-    path,           # Annotations/<id>.xml
-    difficult=True, # also those marked as difficult
-) -> list:          # class names, in the order of `VOC_CLASSES`
-    "The classes that have an object in an annotation. Raises `DataError` for anything but a plain annotation of VOC's classes."
+def _annotation_root(path):
+    "The root element of an annotation."
     try:
-        top = ElementTree.parse(path, forbid_dtd=True).getroot()
+        root = ElementTree.parse(path, forbid_dtd=True).getroot()
     except FileNotFoundError:
         raise DataError(f'{path} is missing: it says what is in the image.') from None
     except Exception as e:
         raise DataError(f'{path} cannot be read as an annotation ({e}): fetch it again.') from None
-    if top.tag != 'annotation':
-        raise DataError(f'{path} is XML of another kind: it begins with <{top.tag}>, not <annotation>.')
-    objects = [(o.findtext('name', '').strip(), o.findtext('difficult', '0').strip() == '1') for o in top.findall('object')]
-    for name, _ in objects:
+    if root.tag != 'annotation':
+        raise DataError(f'{path} is XML of another kind: it begins with <{root.tag}>, '
+                        'not <annotation>.')
+    return root
+
+# %% ../nbs/05_voc.ipynb #84cb22ea
+def read_objects(
+    path: Path | str,        # Annotations/<id>.xml
+    difficult: bool = True,  # also those marked as difficult
+) -> list[str]:              # class names, in the order of `VOC_CLASSES`
+    """Read the classes that have an object in an annotation.
+    Raises `DataError` for anything but a plain annotation of VOC's classes."""
+    found = set()
+    for item in _annotation_root(path).findall('object'):
+        name = item.findtext('name', '').strip()
         if name not in VOC_CLASSES[1:]:
             raise DataError(f'{path} has an object {name!r}, which is no class of VOC 2012.')
-    return [c for c in VOC_CLASSES if (c, False) in objects or difficult and (c, True) in objects]
+        if difficult or item.findtext('difficult', '0').strip() != '1':
+            found.add(name)
+    return [c for c in VOC_CLASSES if c in found]
 
 # %% ../nbs/05_voc.ipynb #1c1f07d5
-_NUMPY = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
-          *((f'numpy.{core}.multiarray', name) for core in ('core', '_core') for name in ('_reconstruct', 'scalar'))}
-
 class _Record:
-    "Stands in for what a pickle would make: what it was called with, and its state."
-    def __init__(self, *args): self.args, self.state = args, None
-    def __setstate__(self, state): self.state = state
+    "Stands in for an object of a pickle: stores its arguments and its state."
+    def __init__(self, *args):
+        self.args = args
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+# %% ../nbs/05_voc.ipynb #94a1b1a4
+_NUMPY_NAMES = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode')} | {
+    (f'numpy.{core}.multiarray', name)
+    for core in ('core', '_core') for name in ('_reconstruct', 'scalar')}
 
 class _Recorder(pickle.Unpickler):
+    "Returns a `_Record` for each of `_NUMPY_NAMES` and refuses any other name."
     def find_class(self, module, name):
-        if (module, name) not in _NUMPY:
+        if (module, name) not in _NUMPY_NAMES:
             raise pickle.UnpicklingError(f'it asks to run {module}.{name}')
         return _Record
 
 # %% ../nbs/05_voc.ipynb #ba37db7f
-def _recorded(path):  # what the 0-dimensional object array in a .npy holds, as records
+def _read_pickle(path):
+    "The pickle in a .npy that holds a single object."
     with path.open('rb') as f:
         np.lib.format.read_magic(f)
         shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-        if shape != () or dtype != object:
+        if shape != () or dtype != np.dtype(object):
             raise ValueError(f'it holds an array of {dtype}, not a dict')
-        program = f.read()
-    for op, number, place in pickletools.genops(program):
-        if 'PUT' in op.name and number > place:
-            raise ValueError(f'it would number {number} things')
-    return _Recorder(io.BytesIO(program)).load().state[4][0]
+        return f.read()
 
-def _numbers(dtype, raw):  # from the records of a type and of its bytes
-    raw, code = raw if isinstance(raw, bytes) else raw.args[0].encode('latin1'), dtype.state[1] + dtype.args[0]
+# %% ../nbs/05_voc.ipynb #4ddaf0ba
+def _load_records(program):
+    "The object in the array of a pickle, made of records."
+    for op, number, position in pickletools.genops(program):
+        if 'PUT' in op.name and number > position:
+            raise ValueError(f'it asks for a table of {number} objects')
+    array = _Recorder(io.BytesIO(program)).load()
+    _, _, _, _, elements = array.state   # version, shape, type, order, elements
+    return elements[0]
+
+# %% ../nbs/05_voc.ipynb #b991c2fd
+def _numbers(dtype, raw):
+    "The array in the records of a type and of its bytes."
+    if not isinstance(raw, bytes):   # older protocols store bytes as text and an `encode`
+        raw = raw.args[0].encode('latin1')
+    code = dtype.state[1] + dtype.args[0]   # byte order, then kind and size
     if not re.fullmatch('[<>|=][biuf][1248]', code):
         raise ValueError(f'it holds elements of type {code}')
     return np.frombuffer(raw, code)
 
 # %% ../nbs/05_voc.ipynb #6684f59b
-def _row(record):  # the classes that are not zero
+def _row_classes(record):
+    "The classes that are not zero in a row."
+    count = len(VOC_CLASSES) - 1
     _, shape, dtype, _, raw = record.state
-    row = _numbers(dtype, raw) if shape == (len(VOC_CLASSES) - 1,) else []
-    if len(row) != len(VOC_CLASSES) - 1 or not np.isin(row, (0, 1)).all():
-        raise ValueError(f'a row of shape {shape} where {len(VOC_CLASSES) - 1} zeros and ones should be')
-    return [c for c, there in zip(VOC_CLASSES[1:], row) if there]
+    row = _numbers(dtype, raw) if shape == (count,) else []
+    if len(row) != count or not np.isin(row, (0, 1)).all():
+        raise ValueError(f'a row of shape {shape} where {count} zeros and ones should be')
+    return [c for c, present in zip(VOC_CLASSES[1:], row) if present]
 
-def _name(key):  # '2007_000032', from this, from 2007000032, or from the record of such a number
+def _image_name(key):
+    "'2007_000032', from this text, from the number 2007000032, or from the record of the number."
     if isinstance(key, str):
         return key
-    return '{:04}_{:06}'.format(*divmod(int(key if isinstance(key, int) else _numbers(*key.args)[0]), 10**6))
+    number = key if isinstance(key, int) else _numbers(*key.args)[0]
+    year, index = divmod(int(number), 10**6)
+    return f'{year:04}_{index:06}'
 
+# %% ../nbs/05_voc.ipynb #7c477288
 def read_cls_labels(
-    path,  # cls_labels.npy, names as text or as IRN's numbers
-) -> dict: # id -> class names
-    "The field's file of tags, without running any code from it. Raises `DataError`."
+    path: Path | str,      # cls_labels.npy, names as text or as IRN's numbers
+) -> dict[str, list[str]]: # id -> class names
+    """Read the field's file of tags without running code from it.
+    Raises `DataError` when it is missing, damaged, or asks to run something."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f'{path} is missing: give the path of a cls_labels.npy.')
     try:
-        return {_name(key): _row(record) for key, record in _recorded(path).items()}
+        records = _load_records(_read_pickle(path))
+        return {_image_name(key): _row_classes(record) for key, record in records.items()}
     except Exception as e:
-        raise DataError(f'{path} is refused as a cls_labels.npy ({e}): use the annotations, or get another copy.') from None
+        raise DataError(f'{path} is refused as a cls_labels.npy ({e}): use the annotations, '
+                        'or get another copy.') from None
 
 # %% ../nbs/05_voc.ipynb #1d9d4a22
 def read_sbd_mask(
-    path, # cls/<id>.mat
-):        # (H, W) uint8 class numbers
-    "A mask of SBD. Raises `DataError` when it is missing, damaged or holds something else."
+    path: Path | str, # cls/<id>.mat
+) -> np.ndarray:      # (H, W) uint8 class numbers
+    "Read a mask of SBD. Raises `DataError` when it is missing, damaged or no mask."
     if not Path(path).is_file():
         raise DataError(f'{path} is missing: SBD has a mask of each image that its lists name.')
     try:
-        mask = np.asarray(loadmat(path, variable_names=['GTcls'])['GTcls'][0]['Segmentation'][0])
+        content = loadmat(path, variable_names=['GTcls'])
+        mask = np.asarray(content['GTcls'][0]['Segmentation'][0])
     except Exception as e:
         raise DataError(f'{path} cannot be read as a mask of SBD ({e}): fetch it again.') from None
-    if mask.ndim != 2 or not mask.size or mask.dtype.kind not in 'ui' or mask.min() < 0 or mask.max() >= len(VOC_CLASSES):
-        raise DataError(f'{path} holds {mask.dtype} {mask.shape}: a mask of SBD is rows and columns of the classes 0 to {len(VOC_CLASSES) - 1}.')
+    integers = mask.ndim == 2 and mask.size > 0 and mask.dtype.kind in 'ui'
+    if not integers or mask.min() < 0 or mask.max() >= len(VOC_CLASSES):
+        raise DataError(f'{path} holds {mask.dtype} {mask.shape}: a mask of SBD is rows and '
+                        f'columns of the classes 0 to {len(VOC_CLASSES) - 1}.')
     return mask.astype(np.uint8)
 
 # %% ../nbs/05_voc.ipynb #ca648792
 def train_aug(
-    train, # ids of VOC's train
-    val,   # ids of VOC's val
-    sbd,   # ids of SBD, train and val
-) -> list: # ids, sorted
-    "Everything that has a mask and is not for validation."
+    train: Iterable[str], # ids of VOC's train
+    val: Iterable[str],   # ids of VOC's val
+    sbd: Iterable[str],   # ids of SBD, train and val
+) -> list[str]:           # ids, sorted
+    "Merge the lists: every image with a mask that is not for validation."
     return sorted({*train, *sbd} - {*val})
 
 # %% ../nbs/05_voc.ipynb #e717e294
 VOC_SIZES = dict(train=1464, train_aug=10582, val=1449, test=1456)
+_DISJOINT = [('train', 'val'), ('train_aug', 'val'), ('train', 'test'), ('train_aug', 'test'),
+             ('val', 'test')]
 
 def check_splits(
-    splits, # name -> ids, names as in `VOC_SIZES`
-):
-    "Raises `DataError` where an image is in two lists that must be apart, or train_aug lacks one of train, or VOC's own lists are not whole."
-    for a, b in [('train', 'val'), ('train_aug', 'val'), ('train', 'test'), ('train_aug', 'test'), ('val', 'test')]:
+    splits: dict[str, list[str]], # name -> ids, names as in `VOC_SIZES`
+) -> None:
+    """Check the lists against each other. Raises `DataError` when an image is in two lists that
+    must be disjoint, when train_aug lacks an image of train, or when one of VOC's own lists is
+    incomplete."""
+    for a, b in _DISJOINT:
         both = sorted({*splits.get(a, ())} & {*splits.get(b, ())})
         if both:
-            raise DataError(f'{both[0]} is in {a} and in {b} ({len(both)} in all): a result on {b} would be worth nothing.')
-    lost = sorted({*splits['train']} - {*splits.get('train_aug', splits['train'])})
-    if lost:
-        raise DataError(f'{lost[0]} is in train but not in train_aug ({len(lost)} in all): train_aug should hold all of train.')
-    whole = all(len(splits[s]) == VOC_SIZES[s] for s in ('train', 'val'))
-    for s, ids in splits.items():
-        if whole and len(ids) != VOC_SIZES[s]:
-            raise DataError(f'{s} has {len(ids)} images, not {VOC_SIZES[s]} as VOC 2012: a source is not whole.')
+            raise DataError(f'{both[0]} is in {a} and in {b} ({len(both)} in all): a result on {b} '
+                            f'would not be valid. Remove it from one of them.')
+    _check_train_aug(splits)
+    _check_sizes(splits)
+
+# %% ../nbs/05_voc.ipynb #3efb9b23
+def _check_train_aug(splits):
+    missing = sorted({*splits['train']} - {*splits.get('train_aug', splits['train'])})
+    if missing:
+        raise DataError(f'{missing[0]} is in train but not in train_aug ({len(missing)} in all): '
+                        'train_aug should hold all of train.')
+
+def _check_sizes(splits):
+    official = all(len(splits[split]) == VOC_SIZES[split] for split in ('train', 'val'))
+    if not official:
+        return
+    for split, ids in splits.items():
+        if len(ids) != VOC_SIZES[split]:
+            raise DataError(f'{split} has {len(ids)} images, not {VOC_SIZES[split]} as VOC 2012: '
+                            'a source is incomplete.')
 
 # %% ../nbs/05_voc.ipynb #4e63c2b3
 def read_ids(
-    path,  # .txt
-) -> list: # ids
-    "The first word of each line, without its folder and ending. Raises `DataError` where it is missing, empty or names an image twice."
-    ids = [Path(line.split()[0]).stem for line in read_lines(Path(path), 'images, one per line') if line]
+    path: Path | str, # .txt
+) -> list[str]:       # ids
+    """Read the first word of each line, without its folder and ending.
+    Raises `DataError` when the list is missing, empty or names an image twice."""
+    lines = read_lines(Path(path), 'images, one per line')
+    ids = [Path(line.split()[0]).stem for line in lines if line]
     if not ids:
         raise DataError(f'{path} is empty: it should hold images, one per line.')
     if len(set(ids)) < len(ids):
-        raise DataError(f'{path} names {max(ids, key=ids.count)!r} more than once: each image may stand there once.')
+        raise DataError(f'{path} names {max(ids, key=ids.count)!r} more than once: list it once.')
     return ids
 
 # %% ../nbs/05_voc.ipynb #0fc79a85
-_MARKS = dict(voc=('JPEGImages', 'ImageSets/Segmentation/train.txt'), test=('JPEGImages', 'ImageSets/Segmentation/test.txt'),
-              sbd=('cls', 'train.txt', 'val.txt'), aug=('SegmentationClassAug',))
-_FILES = {'JPEGImages', 'Annotations', 'SegmentationClass', 'SegmentationObject', 'SegmentationClassAug', 'cls', 'img', 'inst', '__MACOSX'}
+_MARKS = dict(
+    voc=('JPEGImages', 'ImageSets/Segmentation/train.txt'),
+    test=('JPEGImages', 'ImageSets/Segmentation/test.txt'),
+    sbd=('cls', 'train.txt', 'val.txt'),
+    aug=('SegmentationClassAug',),
+)
+# Folders of thousands of files, which hold no other source and are not searched
+_LEAVES = {'JPEGImages', 'Annotations', 'SegmentationClass', 'SegmentationObject',
+           'SegmentationClassAug', 'cls', 'img', 'inst', '__MACOSX'}
 
+def _recognised(source):
+    "Yield (kind, folder) for each dataset below a folder."
+    seen = set()
+    for folder, inner, _ in os.walk(source, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:   # links may lead in a circle
+            inner.clear()
+            continue
+        seen.add(real)
+        for kind, marks in _MARKS.items():
+            if all((Path(folder)/mark).exists() for mark in marks):
+                yield kind, Path(folder)
+        inner[:] = sorted({*inner} - _LEAVES)
+
+# %% ../nbs/05_voc.ipynb #13d0244b
 def find_voc(
-    sources, # folders, at any depth, and a list
-) -> dict:   # voc, test, sbd, aug, list -> path, or None where there is none
-    "Which originals are in the sources. Raises `DataError` where VOC itself is missing, a source has none of them, or one is there twice."
+    sources: Iterable[Path | str], # folders, searched at any depth, and a list
+) -> dict[str, Path | None]:       # voc, test, sbd, aug, list -> path, or None when not found
+    """Find the originals in the sources. Raises `DataError` when VOC itself is missing, a source
+    holds nothing known, or two sources hold the same kind."""
     found = dict.fromkeys([*_MARKS, 'list'])
     for source in map(Path, sources):
-        here = [('list', source)] if source.suffix == '.txt' else [*_known(source)]
+        here = [('list', source)] if source.suffix == '.txt' else [*_recognised(source)]
         if not here:
-            raise DataError(f'{source} holds nothing of VOC 2012 or SBD: give the folder or the archive as it was published.')
+            raise DataError(f'{source} holds nothing of VOC 2012 or SBD: '
+                            'give the folder or the archive as it was published.')
         for kind, path in here:
             if found[kind] and not path.samefile(found[kind]):
-                raise DataError(f'{found[kind]} and {path} both look like {kind!r}: give one of them.')
+                raise DataError(f'{found[kind]} and {path} both look like {kind!r}: '
+                                'give one of them.')
             found[kind] = path
     if not found['voc']:
-        raise DataError(f'None of the sources has {" and ".join(_MARKS["voc"])}, as VOC 2012: give it, or no source for a download.')
+        raise DataError(f'None of the sources has {" and ".join(_MARKS["voc"])}, as VOC 2012 has: '
+                        'give VOC 2012, or no source at all to download it.')
     return found
 
-def _known(source):  # yields (kind, folder) of what is in a folder; those of thousands of files are not entered
-    seen = set()   # links may lead in a circle
-    for folder, inner, _ in os.walk(source, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            inner.clear()
-        else:
-            yield from ((kind, Path(folder)) for kind, marks in _MARKS.items() if all((Path(folder)/m).exists() for m in marks))
-        inner[:] = sorted({*inner} - _FILES)
-        seen.add(real)
-
 # %% ../nbs/05_voc.ipynb #5200be8a
-def _unpacked(source, originals):  # the folder of a source
+def _source_folder(source, originals):
+    "The folder or list of a source; an archive is unpacked."
     source = Path(source)
     if not source.exists():
         raise DataError(f'{source} is missing: give an archive, a folder, or a list.')
@@ -202,92 +281,138 @@ def _unpacked(source, originals):  # the folder of a source
         return source
     return unpack(source, originals/source.name.split('.')[0])
 
+# %% ../nbs/05_voc.ipynb #d6c4ea28
 def download_voc(
-    originals, # folder for the archives
-):             # their paths, one by one
-    "Download VOC 2012 and SBD. Raises `DataError` where that fails."
+    originals: Path | str, # folder for the archives
+) -> Iterator[Path]:       # the archives, each when it is complete
+    "Download VOC 2012 and SBD. Raises `DataError` when that fails."
     voc = DATASET_YEAR_DICT['2012']
-    for url, name, md5 in [(voc['url'], voc['filename'], voc['md5']), (SBDataset.url, SBDataset.filename, SBDataset.md5)]:
+    archives = [(voc['url'], voc['filename'], voc['md5']),
+                (SBDataset.url, SBDataset.filename, SBDataset.md5)]
+    for url, name, md5 in archives:
         try:
             download_url(url, originals, name, md5)
         except (OSError, RuntimeError) as e:
-            raise DataError(f'{name} cannot be downloaded ({e}): get it from {url} in another way, and give it as a source.') from None
+            raise DataError(f'{name} cannot be downloaded ({e}): get it from {url} in another way, '
+                            'and give it as a source.') from None
         yield Path(originals)/name
 
 # %% ../nbs/05_voc.ipynb #a4367a7c
-def _splits(found):  # name -> ids
-    sets = found['voc']/'ImageSets'/'Segmentation'
-    splits = {s: read_ids(sets/f'{s}.txt') for s in ('train', 'val')}
-    sbd = [i for s in ('train', 'val') for i in read_ids(found['sbd']/f'{s}.txt')] if found['sbd'] else []
+def _sbd_ids(found):
+    "The ids of SBD and of the masks converted from it."
+    ids = []
+    if found['sbd']:
+        for split in ('train', 'val'):
+            ids += read_ids(found['sbd']/f'{split}.txt')
     if found['aug']:
-        sbd += [p.stem for p in (found['aug']/'SegmentationClassAug').glob('[!.]*.png')]
+        ids += [p.stem for p in (found['aug']/'SegmentationClassAug').glob('[!.]*.png')]
+    return ids
+
+# %% ../nbs/05_voc.ipynb #26bc2b69
+def _read_splits(found):
+    "name -> ids, of all lists that the sources allow."
+    sets = Path('ImageSets', 'Segmentation')
+    splits = {split: read_ids(found['voc']/sets/f'{split}.txt') for split in ('train', 'val')}
+    added = _sbd_ids(found)
     if found['list']:
         splits['train_aug'] = read_ids(found['list'])
-    elif sbd:
-        splits['train_aug'] = train_aug(splits['train'], splits['val'], sbd)
+    elif added:
+        splits['train_aug'] = train_aug(splits['train'], splits['val'], added)
     else:
-        print('train_aug is left out: neither SBD, nor SegmentationClassAug, nor a list of it is among the sources.')
+        print('train_aug is left out: neither SBD, nor SegmentationClassAug, nor a list of it '
+              'is among the sources.')
     if found['test']:
-        splits['test'] = read_ids(found['test']/'ImageSets'/'Segmentation'/'test.txt')
+        splits['test'] = read_ids(found['test']/sets/'test.txt')
     else:
-        print("test is left out: give VOC2012test.tar as one more source, from VOC's evaluation server after registering.")
+        print("test is left out: give VOC2012test.tar as one more source, "
+              "from VOC's evaluation server after registering.")
     check_splits(splits)
     return splits
 
 # %% ../nbs/05_voc.ipynb #49f59176
-def _photographs(found, splits):  # id -> path
-    test = {*splits.get('test', ())}
-    files = {i: found['test' if i in test else 'voc']/'JPEGImages'/f'{i}.jpg' for ids in splits.values() for i in ids}
-    if found['sbd']:
-        files |= {i: p for i, f in files.items() if not f.is_file() and (p := found['sbd']/'img'/f'{i}.jpg').is_file()}
-    return _there(files)
+def _require_files(files):
+    "Raises `DataError` with the first file (id -> path) that is missing."
+    for i, file in files.items():
+        if not file.is_file():
+            raise DataError(f'{file} is missing, but the lists name {i!r}: '
+                            'the source is incomplete, unpack or fetch it again.')
 
-def _there(files):
-    for i, f in files.items():
-        if not f.is_file():
-            raise DataError(f'{f} is missing, but the lists name {i!r}: the source is not whole, unpack or fetch it again.')
+def _photograph_files(found, splits):
+    "id -> path of the photograph."
+    test = {*splits.get('test', ())}
+    files = {}
+    for i in chain.from_iterable(splits.values()):
+        source = found['test' if i in test else 'voc']
+        files[i] = source/'JPEGImages'/f'{i}.jpg'
+        if found['sbd'] and not files[i].is_file():
+            copy = found['sbd']/'img'/f'{i}.jpg'
+            files[i] = copy if copy.is_file() else files[i]
+    _require_files(files)
     return files
 
-def _tags(found, ids, difficult, labels):  # id -> class names
+# %% ../nbs/05_voc.ipynb #5baa537c
+def _read_tags(found, ids, difficult, labels):
+    "id -> class names."
     if labels is None:
-        return {i: read_objects(found['voc']/'Annotations'/f'{i}.xml', difficult) for i in tqdm(ids, desc='tags')}
+        annotations = found['voc']/'Annotations'
+        return {i: read_objects(annotations/f'{i}.xml', difficult) for i in tqdm(ids, desc='tags')}
     tags = read_cls_labels(labels)
     for i in ids:
         if i not in tags:
-            raise DataError(f'{labels} says nothing of image {i!r}: use the annotations, or get another copy.')
+            raise DataError(f'{labels} says nothing of image {i!r}: use the annotations, '
+                            'or get another copy.')
     return {i: tags[i] for i in ids}
 
 # %% ../nbs/05_voc.ipynb #c2fa0e84
-def _masks(found, splits, root):  # id -> path of the masks to be linked, number of those converted
-    more = sorted({*splits.get('train_aug', ())} - {*splits['train']})
-    masks = _there({i: found['voc']/'SegmentationClass'/f'{i}.png' for i in splits['train'] + splits['val']})
+def _added_ids(splits): return sorted({*splits.get('train_aug', ())} - {*splits['train']})
+
+def _masks_to_link(found, splits):
+    "id -> path of the masks that are images already."
+    official = splits['train'] + splits['val']
+    masks = {i: found['voc']/'SegmentationClass'/f'{i}.png' for i in official}
+    _require_files(masks)
     if found['aug']:
-        masks |= {i: p for i in more if (p := found['aug']/'SegmentationClassAug'/f'{i}.png').is_file()}
-    rest = [i for i in more if i not in masks] if found['sbd'] else []
-    for i in tqdm(rest, desc="SBD's masks"):
+        more = {i: found['aug']/'SegmentationClassAug'/f'{i}.png' for i in _added_ids(splits)}
+        masks |= {i: file for i, file in more.items() if file.is_file()}
+    return masks
+
+# %% ../nbs/05_voc.ipynb #6db176f3
+def _convert_masks(found, ids, root):
+    "Write the masks of SBD that are not there yet."
+    for i in tqdm(ids, desc="SBD's masks"):
         path = root/'SegmentationClass'/f'{i}.png'
         if not path.is_file():
             write_mask(path, read_sbd_mask(found['sbd']/'cls'/f'{i}.mat'))
-    return masks, len(rest)
+
+def _remove_old_lists(root, splits):
+    "Remove the lists of an earlier call that had more sources."
+    for split in {*VOC_SIZES} - {*splits}:
+        (root/'ImageSets'/f'{split}.txt').unlink(missing_ok=True)
 
 # %% ../nbs/05_voc.ipynb #d979d872
 def make_voc(
-    root,           # dataset folder to make, or to make again
-    sources=(),     # archives and folders of VOC 2012, its test images, SBD, SegmentationClassAug; a list; none: VOC 2012 and SBD are downloaded
-    difficult=True, # tag objects that are marked as difficult
-    labels=None,    # cls_labels.npy to take the tags from, in place of the annotations
-) -> dict:          # number of images in each split, of masks, and of images outside test that have no tag
-    "Make the folder of chapter `00_data` from VOC 2012. Done work is skipped. Raises `DataError` with the file that cannot be used."
+    root: Path | str,                    # dataset folder to make, or to make again
+    sources: Iterable[Path | str] = (),  # archives, folders, a list; none: download VOC and SBD
+    difficult: bool = True,              # tag objects that are marked as difficult
+    labels: Path | str | None = None,    # cls_labels.npy, read in place of the annotations
+) -> dict[str, int]:  # images per split, masks, images outside test without a tag
+    """Make the folder of chapter `00_data` from VOC 2012; finished work is skipped.
+    Raises `DataError` with the file that cannot be used."""
     if labels and not difficult:
-        raise ValueError('labels do not tell which objects are difficult: give labels, or difficult=False, but not both.')
+        raise ValueError('labels do not say which objects are difficult: '
+                         'give labels, or difficult=False, but not both.')
     root = Path(root)
-    found = find_voc([_unpacked(s, root/'originals') for s in sources or download_voc(root/'originals')])
-    splits = _splits(found)
-    files = _photographs(found, splits)
-    tagged = sorted({i for s, ids in splits.items() if s != 'test' for i in ids})
-    tags = _tags(found, tagged, difficult, labels)
-    masks, converted = _masks(found, splits, root)
-    for s in {*VOC_SIZES} - {*splits}:
-        (root/'ImageSets'/f'{s}.txt').unlink(missing_ok=True)   # of an earlier time, from more sources
+    sources = sources or download_voc(root/'originals')
+    found = find_voc([_source_folder(source, root/'originals') for source in sources])
+    splits = _read_splits(found)
+    files = _photograph_files(found, splits)
+    tagged = sorted({i for split, ids in splits.items() if split != 'test' for i in ids})
+    tags = _read_tags(found, tagged, difficult, labels)
+    masks = _masks_to_link(found, splits)
+    rest = [i for i in _added_ids(splits) if i not in masks] if found['sbd'] else []
+    _convert_masks(found, rest, root)
+    _remove_old_lists(root, splits)
     write_folder(root, files, {i: tags.get(i, []) for i in files}, VOC_CLASSES, splits, masks)
-    return {s: len(ids) for s, ids in splits.items()} | {'masks': len(masks) + converted, 'without a tag': sum(not tags[i] for i in tagged)}
+    counts = {split: len(ids) for split, ids in splits.items()}
+    untagged = sum(not tags[i] for i in tagged)
+    return counts | {'masks': len(masks) + len(rest), 'without a tag': untagged}

@@ -8,115 +8,162 @@ __all__ = ['read_weights', 'check_state', 'load_state', 'load_weights', 'read_mx
 # %% ../nbs/09_weights.ipynb #4d931ac9
 import math
 import struct
+from collections.abc import Collection
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from .data import DataError
 
 # %% ../nbs/09_weights.ipynb #fbc9bf60
 def read_weights(
-    path, # .safetensors, or a .pt/.pth that holds only tensors
-):        # state dict: name -> tensor
-    "The tensors in a file, without running any code from it. Raises `DataError`."
+    path: Path | str,   # .safetensors, or a .pt/.pth that holds only tensors
+) -> dict[str, Tensor]: # state dict
+    """Read the tensors in a file without running code from it.
+    Raises `DataError` when it is missing, damaged, or holds anything but named tensors."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f'{path} is missing: give the path of a weights file.')
     try:
-        state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+        state = _load(path)
     except Exception as e:
-        raise DataError(f'{path} cannot be read as weights ({str(e).partition(chr(10))[0]}): it is damaged or of another format.') from None
-    if not isinstance(state, dict):
-        raise DataError(f'{path} holds a {type(state).__name__}, not tensors by name: save the state dict of a network.')
-    for k, v in state.items():
-        if not isinstance(v, torch.Tensor):
-            raise DataError(f'{path} holds a {type(v).__name__} under {k!r}, not a tensor: save the state dict alone.')
+        reason = str(e).partition('\n')[0]
+        raise DataError(f'{path} cannot be read as weights ({reason}): '
+                        'it is damaged or of another format.') from None
+    _check_tensors(path, state)
     return state
 
+# %% ../nbs/09_weights.ipynb #da49b370
+def _load(path):
+    if path.suffix == '.safetensors':
+        return load_file(path)
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+def _check_tensors(path, state):
+    if not isinstance(state, dict):
+        raise DataError(f'{path} holds a {type(state).__name__}, not tensors by name: '
+                        'save the state dict of a network.')
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise DataError(f'{path} holds a {type(value).__name__} under {name!r}, '
+                            'not a tensor: save the state dict alone.')
+
 # %% ../nbs/09_weights.ipynb #bdb28b9f
-def _read(state): return {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
+def _without_counters(state):
+    return {name: x for name, x in state.items() if not name.endswith('num_batches_tracked')}
 
 def check_state(
-    module,      # whose tensors these shall be; only their shapes are looked at, so it may live on PyTorch's device meta
-    state,       # name -> tensor
-    source,      # the file they come from, for the messages
-    may_lack=(), # names that may be missing
-):               # the names that are missing
-    "Compare names and shapes with a module's. Raises `DataError` with the first that is missing, left over or of another shape."
-    own, state = _read(module.state_dict()), _read(state)
-    for k in own:
-        if k not in state and k not in may_lack:
-            raise DataError(f'{source} lacks the tensor {k}: it was made for another network.')
-        if k in state and own[k].shape != state[k].shape:
-            raise DataError(f'{source} has {k} as {tuple(state[k].shape)}, this network needs {tuple(own[k].shape)}.')
-    for k in state:
-        if k not in own:
-            raise DataError(f'{source} has the tensor {k}, which this network lacks.')
-    return [k for k in own if k not in state]
+    module: nn.Module,  # network to load; only shapes are read, so it may live on device meta
+    state: dict[str, Tensor], # name -> tensor
+    source: Path | str, # the file they come from, for the messages
+    may_lack: Collection[str] = (), # names that may be missing
+) -> list[str]:         # the names that are missing
+    """Compare names and shapes with a module's.
+    Raises `DataError` with the first that is missing, left over or of another shape."""
+    own = _without_counters(module.state_dict())
+    state = _without_counters(state)
+    for name, x in own.items():
+        if name in state:
+            _check_shape(name, state[name], x, source)
+        elif name not in may_lack:
+            raise DataError(f'{source} lacks the tensor {name}: it was made for another network.')
+    for name in state:
+        if name not in own:
+            raise DataError(f'{source} has the tensor {name}, which this network lacks.')
+    return [name for name in own if name not in state]
+
+# %% ../nbs/09_weights.ipynb #511b7853
+def _check_shape(name, got, want, source):
+    if got.shape != want.shape:
+        raise DataError(f'{source} has {name} as {tuple(got.shape)}, '
+                        f'this network needs {tuple(want.shape)}.')
 
 # %% ../nbs/09_weights.ipynb #82356756
 def load_state(
-    module,      # gets the weights
-    state,       # name -> tensor
-    source,      # the file they come from, for the messages
-    may_lack=(), # names that may be missing; there the module keeps what it has
-):               # the names that were missing
-    "Load tensors by name. Raises `DataError` as `check_state` does, and then nothing is loaded."
+    module: nn.Module,  # receives the weights
+    state: dict[str, Tensor], # name -> tensor
+    source: Path | str, # the file they come from, for the messages
+    may_lack: Collection[str] = (), # names that may be missing; the module keeps its own tensors
+) -> list[str]:         # the names that were missing
+    """Load tensors by name.
+    Raises `DataError` as `check_state` does, and then loads nothing."""
     missing = check_state(module, state, source, may_lack)
-    module.load_state_dict(_read(state), strict=False)
+    module.load_state_dict(_without_counters(state), strict=False)
     return missing
 
+# %% ../nbs/09_weights.ipynb #f742aa99
 def load_weights(
-    module, # gets the weights
-    path,   # file for `read_weights`
-):
-    "Load a file into a module, all of it. Raises `DataError` as `load_state` and `read_weights` do."
+    module: nn.Module, # receives the weights
+    path: Path | str,  # file for `read_weights`
+) -> None:
+    """Load all tensors of a file into a module.
+    Raises `DataError` as `load_state` and `read_weights` do."""
     load_state(module, read_weights(path), path)
 
 # %% ../nbs/09_weights.ipynb #23452d5c
 class _Reader:
-    "A file from front to back. Nothing is read, or made room for, that is not there."
-    def __init__(self, file, path): self.file, self.path, self.left = file, path, path.stat().st_size
+    "Reads a file from front to back, and never more bytes than are left."
+    def __init__(self, file, path):
+        self.file = file
+        self.path = path
+        self.left = path.stat().st_size
 
-    def stop(self, why): raise DataError(f'{self.path} at byte {self.file.tell()}: {why}')
+    def stop(self, problem): raise DataError(f'{self.path} at byte {self.file.tell()}: {problem}')
 
-    def take(self, n):  # the next n bytes
-        got = self.file.read(n) if n <= self.left else b''
-        if len(got) < n:
-            self.stop(f'{n} bytes should follow and {self.left} do: it is cut off, damaged, or not a file of MXNet. Fetch it again.')
+    def take(self, n):
+        "The next n bytes."
+        data = self.file.read(n) if n <= self.left else b''
+        if len(data) < n:
+            self.stop(f'{n} bytes should follow and {self.left} do: '
+                      'it is cut off, damaged, or not a file of MXNet. Fetch it again.')
         self.left -= n
-        return bytearray(got)
+        return bytearray(data)
 
-    def numbers(self, code): return struct.unpack('<' + code, self.take(struct.calcsize('<' + code)))
+    def numbers(self, code):
+        "The next numbers, in the letters of `struct`."
+        code = '<' + code
+        return struct.unpack(code, self.take(struct.calcsize(code)))
 
 # %% ../nbs/09_weights.ipynb #e74bdc06
-def _shape(r):
-    "Sizes of an array of any generation."
-    (ndim,), code = r.numbers('I'), 'I'
-    if ndim in (0xF993FAC9, 0xF993FACA) and r.numbers('i') != (0,):
+_V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
+
+def _ndim(r):
+    "Number of dimensions of an array of any generation, and the `struct` letter of its sizes."
+    first, = r.numbers('I')
+    if first in (_V2, _V3) and r.numbers('i') != (0,):
         r.stop('a sparse array; only dense ones are read.')
-    if ndim in (0xF993FAC8, 0xF993FAC9, 0xF993FACA):
-        (ndim,), code = r.numbers('I'), 'q'
+    if first not in (_V1, _V2, _V3):
+        return first, 'I'
+    return r.numbers('I')[0], 'q'
+
+# %% ../nbs/09_weights.ipynb #da9d4dfe
+def _shape(r):
+    "Sizes of an array."
+    ndim, letter = _ndim(r)
     if not 1 <= ndim <= 8:
         r.stop(f'an array of {ndim} dimensions; 1 to 8 are read.')
-    shape = r.numbers(f'{ndim}{code}')
+    shape = r.numbers(f'{ndim}{letter}')
     if min(shape) < 1:
         r.stop(f'an array of size {shape}.')
     return shape
 
 # %% ../nbs/09_weights.ipynb #e457946f
-_TYPES = dict(enumerate((torch.float32, torch.float64, torch.float16, torch.uint8, torch.int32, torch.int8, torch.int64)))
+_TYPES = dict(enumerate((torch.float32, torch.float64, torch.float16, torch.uint8, torch.int32,
+                         torch.int8, torch.int64)))
 
 def _array(r):
-    "A tensor; the device it lived on is ignored."
+    "The next tensor; the device it lived on is ignored."
     shape = _shape(r)
-    _, _, kind = r.numbers('3i')
-    if kind not in _TYPES:
-        r.stop(f'element type {kind}; known are 0 to {max(_TYPES)}.')
-    return torch.frombuffer(r.take(math.prod(shape)*_TYPES[kind].itemsize), dtype=_TYPES[kind]).reshape(shape)
+    _, _, code = r.numbers('3i')
+    if code not in _TYPES:
+        r.stop(f'element type {code}; known are 0 to {max(_TYPES)}.')
+    dtype = _TYPES[code]
+    data = r.take(math.prod(shape)*dtype.itemsize)
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 # %% ../nbs/09_weights.ipynb #22af9284
 def _names(r, n):
-    "As many names as there are arrays, no two the same."
+    "The names of n arrays, no two the same."
     if r.numbers('Q') != (n,):
         r.stop(f'not as many names as arrays ({n}).')
     names = [r.take(r.numbers('Q')[0]).decode(errors='replace') for _ in range(n)]
@@ -126,10 +173,12 @@ def _names(r, n):
         r.stop(f'{r.left} bytes after the last name.')
     return names
 
+# %% ../nbs/09_weights.ipynb #921c9caa
 def read_mxnet(
-    path, # .params
-):        # name, as 'arg:conv1a_weight' -> tensor
-    "The arrays in a parameter file of MXNet. Raises `DataError` with the place where it is damaged."
+    path: Path | str,   # .params
+) -> dict[str, Tensor]: # name, as 'arg:conv1a_weight' -> tensor
+    """Read the arrays in a parameter file of MXNet.
+    Raises `DataError` with the position where it is damaged."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f'{path} is missing: give the path of a .params file.')

@@ -1,4 +1,6 @@
-"COCO 2014: a small original of it, made of scenes; masks against painting by hand; and files that lie."
+"""COCO 2014: a small original of it, made of scenes.
+
+Masks against painting pixel by pixel; files with wrong content."""
 import json
 import zipfile
 from pathlib import Path
@@ -13,9 +15,12 @@ from ppc.coco import coco_classes, make_coco, paint, read_instances
 from ppc.data import DataError, TagFolder, check, read_mask
 from ppc.scenes import scene
 
-pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation')   # pycocotools 2.0.11 with NumPy 2
+# pycocotools 2.0.11 with NumPy 2
+pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation')
 
-CATEGORIES = {1: 'person', 17: 'cat', 18: 'dog', 20: 'sheep', 23: 'bear', 24: 'zebra', 47: 'cup', 88: 'teddy bear'}   # with gaps; no person, no cup anywhere
+# The ids have gaps; no image has a person or a cup
+CATEGORIES = {1: 'person', 17: 'cat', 18: 'dog', 20: 'sheep', 23: 'bear', 24: 'zebra', 47: 'cup',
+              88: 'teddy bear'}
 ANIMALS = [17, 18, 23, 20, 24, 88]   # for cat, fox, bear, rabbit, zebra, panda of the scenes
 
 
@@ -24,8 +29,8 @@ def strips(inside):
     polygons = []
     for y, row in enumerate(inside):
         edges = np.flatnonzero(np.diff([0, *row.astype(int), 0]))
-        for l, r in zip(edges[::2].tolist(), edges[1::2].tolist()):
-            polygons.append([l, y, r, y, r, y + 1, l, y + 1])
+        for left, right in zip(edges[::2].tolist(), edges[1::2].tolist()):
+            polygons.append([left, y, right, y, right, y + 1, left, y + 1])
     return polygons
 
 
@@ -41,39 +46,57 @@ def runs(inside):
 
 
 def _scene_rows(i, seed, tables, truth):
-    "One scene as rows of a json: polygons, codes, and every fifth a crowd; its image."
+    """One scene as rows of a json: polygons, codes, and in every fifth a crowd.
+
+    Returns the name and the image; adds to the tables and to the true masks."""
     image, mask, _ = scene(np.random.default_rng([14, seed, i]))
-    image, mask, name = image[8:104], mask[8:104], f"COCO_{'train' if seed == 0 else 'val'}2014_{i:012}"
+    image, mask = image[8:104], mask[8:104]
+    name = f"COCO_{'train' if seed == 0 else 'val'}2014_{i:012}"
     want = np.zeros(mask.shape, np.uint8)
     for k, c in enumerate(c for c in np.unique(mask) if c):
-        crowd, shape = i % 5 == 4 and k == 0, mask == c
-        tables['annotations'].append(dict(id=1000*seed + 10*i + k, image_id=i, category_id=ANIMALS[c-1], iscrowd=int(crowd), area=float(shape.sum()), bbox=[0, 0, 1, 1],
-                                          segmentation=runs(shape) if crowd or i % 3 == 2 else strips(shape)))
-        want[shape] = 255 if crowd else sorted(CATEGORIES).index(ANIMALS[c-1]) + 1
-    tables['images'].append(dict(id=i, file_name=f'{name}.jpg', height=96, width=128, license=1))
+        shape, category = mask == c, ANIMALS[c-1]
+        crowd = i % 5 == 4 and k == 0
+        outline = runs(shape) if crowd or i % 3 == 2 else strips(shape)
+        tables['annotations'].append(dict(
+            id=1000*seed + 10*i + k, image_id=i, category_id=category, iscrowd=int(crowd),
+            area=float(shape.sum()), bbox=[0, 0, 1, 1], segmentation=outline))
+        want[shape] = 255 if crowd else sorted(CATEGORIES).index(category) + 1
+    tables['images'].append(_image_row(i, name) | dict(license=1))
     truth[name] = want
     return name, image
 
 
+def _image_row(i, name): return dict(id=i, file_name=f'{name}.jpg', height=96, width=128)
+
+
 def small_coco(folder, train=16, val=8, packed=False):
-    "COCO 2014 in miniature, of scenes 128x96, with one image more of nothing in each split: the sources for `make_coco`, and the true masks by id."
+    """COCO 2014 in miniature, of scenes of 128 x 96.
+
+    Each split has one more image without annotations. Returns the sources for `make_coco`, and
+    the true masks by id."""
     folder, truth = Path(folder), {}
+    (folder/'annotations').mkdir(parents=True)
     for seed, (split, n) in enumerate({'train': train, 'val': val}.items()):
-        tables = dict(info={}, licenses=[], images=[], annotations=[], categories=[dict(id=k, name=v, supercategory='thing') for k, v in reversed(CATEGORIES.items())])
-        (folder/f'{split}2014').mkdir(parents=True)
+        categories = [dict(id=k, name=v, supercategory='thing')
+                      for k, v in reversed(CATEGORIES.items())]
+        tables = dict(info={}, licenses=[], images=[], annotations=[], categories=categories)
+        (folder/f'{split}2014').mkdir()
         for i in range(n):
             name, image = _scene_rows(i, seed, tables, truth)
             Image.fromarray(image).save(folder/f'{split}2014'/f'{name}.jpg', quality=92)
-        tables['images'].insert(0, dict(id=n, file_name=f'COCO_{split}2014_{n:012}.jpg', height=96, width=128))
-        Image.new('RGB', (128, 96), 'gray').save(folder/f'{split}2014'/f'COCO_{split}2014_{n:012}.jpg')
-        (folder/'annotations').mkdir(exist_ok=True)
+        empty = f'COCO_{split}2014_{n:012}'
+        tables['images'].insert(0, _image_row(n, empty))
+        Image.new('RGB', (128, 96), 'gray').save(folder/f'{split}2014'/f'{empty}.jpg')
         (folder/'annotations'/f'instances_{split}2014.json').write_text(json.dumps(tables))
     sources = [folder/'train2014', folder/'val2014', folder/'annotations']
-    return ([_zipped(s, folder) for s in sources] if packed else sources), truth
+    if packed:
+        sources = [_zipped(source, folder) for source in sources]
+    return sources, truth
 
 
 def _zipped(source, folder):
-    path = folder/('annotations_trainval2014.zip' if source.name == 'annotations' else f'{source.name}.zip')
+    name = 'annotations_trainval2014' if source.name == 'annotations' else source.name
+    path = folder/f'{name}.zip'
     with zipfile.ZipFile(path, 'w') as z:
         for f in sorted(source.iterdir()):
             z.write(f, f'{source.name}/{f.name}')
@@ -81,32 +104,40 @@ def _zipped(source, folder):
 
 
 def fails(what, *words):
+    "The call raises `DataError` with all the words in its message."
     with pytest.raises(DataError) as e:
         what()
     for w in words:
         assert w in str(e.value), str(e.value)
 
 
-def files(root): return {p.relative_to(root): p.read_bytes() for p in root.rglob('*') if p.is_file() and 'originals' not in p.parts}
+def contents(root):
+    paths = [p for p in root.rglob('*') if p.is_file() and 'originals' not in p.parts]
+    return {p.relative_to(root): p.read_bytes() for p in paths}
 
 
-# --- the whole way ---------------------------------------------------------------------------------------------------------
+# ---- the whole dataset
+
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_small_coco(tmp_path, packed, capsys):
     sources, truth = small_coco(tmp_path/'original', packed=packed)
     counts = make_coco(tmp_path/'made', sources)
-    assert counts == dict(classes=8, train=16, val=8, without_tags=2) and capsys.readouterr().out == ''
+    assert counts == dict(classes=8, train=16, val=8, without_tags=2)
+    assert capsys.readouterr().out == ''
     for split, n in (('train', 16), ('val', 8)):
         folder = TagFolder(tmp_path/'made', split)
         check(folder, masks=True)
         assert len(folder) == n and folder.ids == sorted(folder.ids) and folder.has_masks
-        assert folder.classes == ['background', 'person', 'cat', 'dog', 'sheep', 'bear', 'zebra', 'cup', 'teddy_bear']
+        assert folder.classes == ['background', 'person', 'cat', 'dog', 'sheep', 'bear', 'zebra',
+                                  'cup', 'teddy_bear']
         for i, name in enumerate(folder.ids):
-            assert (folder.mask(i) == truth[name]).all()                                     # polygons along pixels and codes: to the last pixel
+            # polygons along pixels, and codes, are exact
+            assert (folder.mask(i) == truth[name]).all()
             tags = {int(c) for c in folder.tags[i].nonzero() + 1}
-            crowded = tags - {*np.unique(truth[name]).tolist()}
-            assert {*np.unique(truth[name]).tolist()} - {0, 255} <= tags and len(crowded) == (255 in truth[name])   # a crowd is a tag, too
+            painted = {*np.unique(truth[name]).tolist()}
+            # a crowd is a tag, too
+            assert painted - {0, 255} <= tags and len(tags - painted) == (255 in painted)
     assert not TagFolder(tmp_path/'made').tags[:, [0, 6]].any()
     assert all(p.is_symlink() for p in (tmp_path/'made'/'JPEGImages').iterdir())
 
@@ -115,14 +146,16 @@ def test_again_changes_nothing_and_continues(tmp_path):
     sources, _ = small_coco(tmp_path/'original', 6, 3)
     make_coco(tmp_path/'made', sources)
     masks = sorted((tmp_path/'made'/'SegmentationClass').iterdir())
-    before, times = files(tmp_path/'made'), [p.stat().st_mtime_ns for p in masks]
+    before = contents(tmp_path/'made')
+    times = [p.stat().st_mtime_ns for p in masks]
     masks[0].unlink()
     (tmp_path/'made'/'tags.csv').unlink()
     make_coco(tmp_path/'made', sources, workers=1)
-    assert files(tmp_path/'made') == before and [p.stat().st_mtime_ns for p in masks[1:]] == times[1:]
+    assert contents(tmp_path/'made') == before
+    assert [p.stat().st_mtime_ns for p in masks[1:]] == times[1:]
 
 
-def test_a_mask_that_is_there_stays(tmp_path, monkeypatch):
+def test_a_finished_mask_is_not_painted_again(tmp_path, monkeypatch):
     sources, _ = small_coco(tmp_path/'original', 2, 1)
     make_coco(tmp_path/'made', sources)
     monkeypatch.setattr(module, 'paint', lambda *a: pytest.fail('painted again'))
@@ -130,17 +163,19 @@ def test_a_mask_that_is_there_stays(tmp_path, monkeypatch):
 
 
 def test_nested_and_linked_sources(tmp_path):
-    "Three folders deep, behind a link that goes in circles."
+    "Three folders deep, behind a link that leads in a circle."
     _, truth = small_coco(tmp_path/'a'/'b'/'c', 2, 1)
     (tmp_path/'a'/'b'/'back').symlink_to(tmp_path/'a')
     (tmp_path/'door').mkdir()
     (tmp_path/'door'/'coco').symlink_to(tmp_path/'a')
     make_coco(tmp_path/'made', [tmp_path/'door'])
-    assert all((read_mask(tmp_path/'made'/'SegmentationClass'/f'{i}.png') == m).all() for i, m in truth.items())
+    for i, mask in truth.items():
+        assert (read_mask(tmp_path/'made'/'SegmentationClass'/f'{i}.png') == mask).all()
 
 
 def test_no_sources_says_what_to_fetch(tmp_path):
-    fails(lambda: make_coco(tmp_path/'made'), 'train2014.zip', 'val2014.zip', 'annotations_trainval2014.zip', 'cocodataset.org')
+    archives = 'train2014.zip', 'val2014.zip', 'annotations_trainval2014.zip'
+    fails(lambda: make_coco(tmp_path/'made'), *archives, 'cocodataset.org')
     fails(lambda: make_coco(tmp_path/'made', [tmp_path/'nowhere.zip']), 'nowhere.zip', 'missing')
     assert not (tmp_path/'made').exists()
 
@@ -148,29 +183,39 @@ def test_no_sources_says_what_to_fetch(tmp_path):
 @pytest.mark.parametrize('lost', ['train2014', 'val2014', 'annotations'])
 def test_a_source_is_missing(tmp_path, lost):
     sources, _ = small_coco(tmp_path/'original', 2, 1)
-    fails(lambda: make_coco(tmp_path/'made', [s for s in sources if s.name != lost]), 'COCO_' if lost[0] in 'tv' else 'instances_train2014.json', 'none of the sources')
+    word = 'instances_train2014.json' if lost == 'annotations' else 'COCO_'
+    rest = [source for source in sources if source.name != lost]
+    fails(lambda: make_coco(tmp_path/'made', rest), word, 'none of the sources')
     assert not (tmp_path/'made').exists()
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------------
+# ---- masks
 
-def by_hand(annotations, number, size):
-    "The rule, literally: at each pixel the crowds' 255, then the objects that cover it, of which the smallest, the latest of equals."
+
+def inside_of(annotation, size):
+    "The pixels inside an outline of boxes or in a code, as zeros and ones."
+    outline = annotation['segmentation']
+    if isinstance(outline, dict):
+        flat = [v for k, n in enumerate(outline['counts']) for v in [k % 2]*n]
+        return np.array(flat).reshape(size[::-1]).T
+    board = Image.new('1', size[::-1])
+    for x0, y0, _, _, x1, y1, _, _ in outline:
+        ImageDraw.Draw(board).rectangle([x0, y0, x1 - 1, y1 - 1], fill=1)
+    return np.array(board).astype(int)
+
+
+def literal_mask(annotations, number, size):
+    """The rule, pixel by pixel: the smallest object that covers it, of equals the one with the
+    largest id; 255 where only a crowd does."""
     boards = []
     for a in annotations:
-        board = Image.new('1', size[::-1])
-        if isinstance(a['segmentation'], dict):
-            flat = [v for k, n in enumerate(a['segmentation']['counts']) for v in [k % 2]*n]
-            inside = np.array(flat).reshape(size[::-1]).T
-        else:
-            for x0, y0, _, _, x1, y1, _, _ in a['segmentation']:
-                ImageDraw.Draw(board).rectangle([x0, y0, x1 - 1, y1 - 1], fill=1)
-            inside = np.array(board).astype(int)
+        inside = inside_of(a, size)
         boards.append((a, inside, inside.sum()))
     mask = np.zeros(size, int)
     for y in range(size[0]):
         for x in range(size[1]):
-            here = [(area, -a['id'], number[a['category_id']]) for a, inside, area in boards if inside[y, x] and not a['iscrowd']]
+            here = [(area, -a['id'], number[a['category_id']])
+                    for a, inside, area in boards if inside[y, x] and not a['iscrowd']]
             crowd = any(inside[y, x] and a['iscrowd'] for a, inside, _ in boards)
             mask[y, x] = min(here)[2] if here else 255*crowd
     return mask
@@ -192,37 +237,48 @@ def drawing(draw):
         inside = np.zeros((20, 24), int)
         for x, y, _, _, x1, y1, _, _ in boxes:
             inside[y:y1, x:x1] = 1
-        rows.append(dict(id=k, image_id=1, category_id=draw(st.sampled_from([1, 5, 90])), iscrowd=int(draw(st.integers(0, 3)) == 0),
-                         segmentation=runs(inside) if draw(st.booleans()) else boxes))
+        category = draw(st.sampled_from([1, 5, 90]))
+        crowd = int(draw(st.integers(0, 3)) == 0)
+        outline = runs(inside) if draw(st.booleans()) else boxes
+        rows.append(dict(id=k, image_id=1, category_id=category, iscrowd=crowd,
+                         segmentation=outline))
     return rows
 
 
 @settings(max_examples=60, deadline=None)
 @given(drawing(), st.randoms())
-def test_masks_are_as_painted_by_hand(rows, random):
-    "Exactly, for boxes along the pixels and for codes; in whatever order the file has them."
+def test_masks_are_the_literal_ones(rows, random):
+    "Exactly, for boxes along the pixels and for codes; in any order of the rows."
     number = {1: 1, 5: 2, 90: 3}
     shuffled = random.sample(rows, len(rows))
-    assert (paint(shuffled, number, (20, 24)) == by_hand(rows, number, (20, 24))).all()
+    got, want = paint(shuffled, number, (20, 24)), literal_mask(rows, number, (20, 24))
+    assert (got == want).all()
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.floats(1, 31), st.floats(1, 23)), min_size=3, max_size=3, unique=True))
+@given(st.lists(st.tuples(st.floats(1, 31), st.floats(1, 23)),
+                min_size=3, max_size=3, unique=True))
 def test_slanted_outlines(points):
     "A triangle is right wherever a pixel's centre is more than a pixel from its outline."
-    (ax, ay), (bx, by), (cx, cy) = points
-    mask = paint([dict(id=1, category_id=1, segmentation=[[v for p in points for v in p]])], {1: 1}, (24, 32))
-    sides = [((ax, ay), (bx, by)), ((bx, by), (cx, cy)), ((cx, cy), (ax, ay))]
+    a, b, c = points
+    triangle = dict(id=1, category_id=1, segmentation=[[v for p in points for v in p]])
+    mask = paint([triangle], {1: 1}, (24, 32))
     for y in range(24):
         for x in range(32):
-            signed, near = [], []
-            for (px, py), (qx, qy) in sides:
-                dx, dy, length = qx - px, qy - py, max(np.hypot(qx - px, qy - py), 1e-9)
-                signed.append((dx*(y + .5 - py) - dy*(x + .5 - px))/length)
-                t = np.clip((dx*(x + .5 - px) + dy*(y + .5 - py))/length**2, 0, 1)
-                near.append(np.hypot(px + t*dx - x - .5, py + t*dy - y - .5))
+            sides = [side_and_distance(p, q, x + .5, y + .5) for p, q in ((a, b), (b, c), (c, a))]
+            signed, near = zip(*sides)
             if min(near) > 1:
                 assert mask[y, x] == (min(signed) > 0 or max(signed) < 0)
+
+
+def side_and_distance(p, q, x, y):
+    "Of a point: its signed distance from the line through p and q, and that from the segment."
+    (px, py), (qx, qy) = p, q
+    dx, dy = qx - px, qy - py
+    length = max(np.hypot(dx, dy), 1e-9)
+    signed = (dx*(y - py) - dy*(x - px))/length
+    t = np.clip((dx*(x - px) + dy*(y - py))/length**2, 0, 1)
+    return signed, np.hypot(px + t*dx - x, py + t*dy - y)
 
 
 def test_parts_of_two_points_enclose_nothing():
@@ -231,7 +287,8 @@ def test_parts_of_two_points_enclose_nothing():
 
 
 def test_equal_sizes_go_to_the_later_id():
-    a, b = (dict(id=i, category_id=i, segmentation=[[x, 0, x + 6, 0, x + 6, 6, x, 6]]) for i, x in ((1, 0), (2, 3)))
+    a = dict(id=1, category_id=1, segmentation=[[0, 0, 6, 0, 6, 6, 0, 6]])
+    b = dict(id=2, category_id=2, segmentation=[[3, 0, 9, 0, 9, 6, 3, 6]])
     for rows in ([a, b], [b, a]):
         assert paint(rows, {1: 1, 2: 2}, (6, 12))[0].tolist() == [1]*3 + [2]*6 + [0]*3
 
@@ -243,40 +300,50 @@ def test_crowds_are_below_everything():
     assert mask[0].tolist() == [255] + [2]*11 and (mask == 255).sum() == 2
 
 
-def test_no_annotations_no_mask(): assert not paint([], {}, (5, 7)).any()
+def test_without_annotations_the_mask_is_empty(): assert not paint([], {}, (5, 7)).any()
 
 
-# --- files that lie --------------------------------------------------------------------------------------------------------
+# ---- files with wrong content
+
 
 @pytest.fixture
-def sound(tmp_path):
-    "Tables that can be damaged: change them, then call."
-    tables = dict(images=[dict(id=1, file_name='a.jpg', height=20, width=24)], categories=[dict(id=3, name='cat')],
-                  annotations=[dict(id=5, image_id=1, category_id=3, iscrowd=0, segmentation=[[1, 1, 9, 1, 9, 9]])])
+def valid(tmp_path):
+    "Valid tables, and a function that reads them as they are then: change them, then call it."
+    outline = [[1, 1, 9, 1, 9, 9]]
+    tables = dict(
+        images=[dict(id=1, file_name='a.jpg', height=20, width=24)],
+        categories=[dict(id=3, name='cat')],
+        annotations=[dict(id=5, image_id=1, category_id=3, iscrowd=0, segmentation=outline)])
+
     def read():
         (tmp_path/'instances.json').write_text(json.dumps(tables))
         return read_instances(tmp_path/'instances.json')
     return tables, read
 
 
-def test_sound_tables(sound):
-    tables, read = sound
+def test_valid_tables(valid):
+    tables, read = valid
     got = read()
-    assert got['images'] == tables['images'] and [list(p) for p in got['annotations'][0]['segmentation']] == tables['annotations'][0]['segmentation']
+    assert got['images'] == tables['images']
+    polygons = [list(p) for p in got['annotations'][0]['segmentation']]
+    assert polygons == tables['annotations'][0]['segmentation']
 
 
-@pytest.mark.parametrize('content', [b'', b'{"images": [', b'[1, 2]', b'"images"', b'null', b'\xff\xfe{}', b'{"images": {}, "annotations": [], "categories": []}', b'['*100000])
+@pytest.mark.parametrize('content', [
+    b'', b'{"images": [', b'[1, 2]', b'"images"', b'null', b'\xff\xfe{}',
+    b'{"images": {}, "annotations": [], "categories": []}', b'['*100000])
 def test_damaged_json(tmp_path, content):
     (tmp_path/'instances.json').write_bytes(content)
     fails(lambda: read_instances(tmp_path/'instances.json'), 'instances.json')
 
 
-def test_missing_json(tmp_path): fails(lambda: read_instances(tmp_path/'instances.json'), 'instances.json')
+def test_missing_json(tmp_path):
+    fails(lambda: read_instances(tmp_path/'instances.json'), 'instances.json')
 
 
 @pytest.mark.parametrize('table, key', [(t, k) for t, keys in module.FIELDS.items() for k in keys])
-def test_a_key_is_missing_or_of_another_kind(sound, table, key):
-    tables, read = sound
+def test_a_key_is_missing_or_of_another_kind(valid, table, key):
+    tables, read = valid
     for value in (None, [1], 'x', 1.5):
         if isinstance(value, module.FIELDS[table][key]):
             continue
@@ -287,8 +354,8 @@ def test_a_key_is_missing_or_of_another_kind(sound, table, key):
 
 
 @pytest.mark.parametrize('table', module.FIELDS)
-def test_a_table_is_missing_or_holds_no_rows(sound, table):
-    tables, read = sound
+def test_a_table_is_missing_or_holds_no_rows(valid, table):
+    tables, read = valid
     for value in ([], {}, 3, [7]):
         tables[table] = value
         fails(read, 'instances.json', table)
@@ -297,49 +364,70 @@ def test_a_table_is_missing_or_holds_no_rows(sound, table):
 
 
 @pytest.mark.parametrize('table', module.FIELDS)
-def test_the_same_id_twice(sound, table):
-    tables, read = sound
+def test_the_same_id_twice(valid, table):
+    tables, read = valid
     tables[table].append(dict(tables[table][0]))
     fails(read, 'instances.json', table, 'same id')
 
 
-@pytest.mark.parametrize('change, word', [(dict(image_id=2), 'image 2'), (dict(category_id=4), 'category 4')])
-def test_an_annotation_of_nothing(sound, change, word):
-    tables, read = sound
+@pytest.mark.parametrize('change, word', [
+    (dict(image_id=2), 'image 2'), (dict(category_id=4), 'category 4')])
+def test_an_annotation_of_nothing(valid, change, word):
+    tables, read = valid
     tables['annotations'][0].update(change)
     fails(read, 'instances.json', 'annotation 5', word)
 
 
-OUTLINES = [([], 'three points'), ([[]], 'three points'), ([[1, 1, 9, 9]], 'three points'), ([[1, 1, 9, 1, 9, 9, 2]], 'half a point'), ([[0, 0, 9, 0, 1e9, 9]], 'far outside'),
-            ([[0, 0, 9, 0, float('nan'), 9]], 'far outside'), ([[0, 0, 9, 0, 9, float('-inf')]], 'far outside'), ([['1', 1, 9, 1, 9, 9]], 'segmentation'), (['abcdef'], 'segmentation'),
-            ([5], 'segmentation'), ([[[1, 1], [9, 1], [9, 9]]], 'segmentation'), ([[10**400, 1, 9, 1, 9, 9]], 'segmentation'), ('polygon', 'segmentation'),
-            ({}, 'runs'), ({'size': [20, 24]}, 'runs'), ({'size': [24, 20], 'counts': [480]}, 'runs'), ({'size': [20, 24], 'counts': 'PQ1'}, 'runs'), ({'size': [20, 24], 'counts': [5, 5]}, 'add up'),
-            ({'size': [20, 24], 'counts': [500, -20]}, 'add up'), ({'size': [20, 24], 'counts': [479.5, .5]}, 'add up'), ({'size': [20, 24], 'counts': [2**32, 480]}, 'add up')]
+OUTLINES = [
+    ([], 'three points'),
+    ([[]], 'three points'),
+    ([[1, 1, 9, 9]], 'three points'),
+    ([[1, 1, 9, 1, 9, 9, 2]], 'half a point'),
+    ([[0, 0, 9, 0, 1e9, 9]], 'far outside'),
+    ([[0, 0, 9, 0, float('nan'), 9]], 'far outside'),
+    ([[0, 0, 9, 0, 9, float('-inf')]], 'far outside'),
+    ([['1', 1, 9, 1, 9, 9]], 'segmentation'),
+    (['abcdef'], 'segmentation'),
+    ([5], 'segmentation'),
+    ([[[1, 1], [9, 1], [9, 9]]], 'segmentation'),
+    ([[10**400, 1, 9, 1, 9, 9]], 'segmentation'),
+    ('polygon', 'segmentation'),
+    ({}, 'runs'),
+    ({'size': [20, 24]}, 'runs'),
+    ({'size': [24, 20], 'counts': [480]}, 'runs'),
+    ({'size': [20, 24], 'counts': 'PQ1'}, 'runs'),
+    ({'size': [20, 24], 'counts': [5, 5]}, 'add up'),
+    ({'size': [20, 24], 'counts': [500, -20]}, 'add up'),
+    ({'size': [20, 24], 'counts': [479.5, .5]}, 'add up'),
+    ({'size': [20, 24], 'counts': [2**32, 480]}, 'add up'),
+]
 
 
 @pytest.mark.parametrize('outline, word', OUTLINES)
-def test_an_outline_that_is_none(sound, outline, word):
-    tables, read = sound
+def test_invalid_outlines(valid, outline, word):
+    tables, read = valid
     tables['annotations'][0]['segmentation'] = outline
     fails(read, 'instances.json', word)
 
 
 @pytest.mark.parametrize('name', ['../a.jpg', '/etc/passwd', 'val2014/a.jpg', '', '..', '.'])
-def test_a_name_that_leads_away(sound, name):
-    tables, read = sound
+def test_a_name_that_leads_out_of_the_folder(valid, name):
+    tables, read = valid
     tables['images'][0]['file_name'] = name
     fails(read, 'instances.json', repr(name))
 
 
 def test_classes_of_any_number():
-    rows = lambda n: {'categories': [dict(id=i, name=f'thing {i}') for i in range(3*n, 0, -3)]}
-    names, number = coco_classes(rows(254))
-    assert len(names) == 255 and names[254] == 'thing_762' and number == {3*c: c for c in range(1, 255)}
-    fails(lambda: coco_classes(rows(255)), '255', '254')
+    def tables(n):
+        return {'categories': [dict(id=i, name=f'thing {i}') for i in range(3*n, 0, -3)]}
+    names, number = coco_classes(tables(254))
+    assert len(names) == 255 and names[254] == 'thing_762'
+    assert number == {3*c: c for c in range(1, 255)}
+    fails(lambda: coco_classes(tables(255)), '255', '254')
 
 
 def damaged(tmp_path, change, split='train'):
-    "The sources, with one json changed."
+    "Make a small COCO with one json changed, and return the call of `make_coco` on it."
     sources, _ = small_coco(tmp_path/'original', 3, 2)
     path = tmp_path/'original'/'annotations'/f'instances_{split}2014.json'
     tables = json.loads(path.read_text())
@@ -355,32 +443,38 @@ def test_a_photograph_is_missing(tmp_path):
     assert not (tmp_path/'made').exists()
 
 
-def test_a_photograph_of_nothing_may_be_missing(tmp_path):
+def test_a_photograph_without_annotations_may_be_missing(tmp_path):
     run = damaged(tmp_path, lambda t: None)
     (tmp_path/'original'/'train2014'/'COCO_train2014_000000000003.jpg').unlink()
     assert run()['without_tags'] == 2
 
 
 def test_other_categories_in_val(tmp_path):
-    fails(damaged(tmp_path, lambda t: t['categories'].append(dict(id=90, name='toothbrush')), 'val'), 'instances_train2014.json', 'instances_val2014.json', 'categories')
+    more = dict(id=90, name='toothbrush')
+    run = damaged(tmp_path, lambda tables: tables['categories'].append(more), 'val')
+    fails(run, 'instances_train2014.json', 'instances_val2014.json', 'categories')
 
 
 def test_an_image_of_both_splits(tmp_path):
-    run = damaged(tmp_path, lambda t: t['images'][1].update(file_name='COCO_train2014_000000000001.jpg'), 'val')
+    other = 'COCO_train2014_000000000001.jpg'
+    run = damaged(tmp_path, lambda tables: tables['images'][1].update(file_name=other), 'val')
+    folder = tmp_path/'original'/'val2014'
     for i in (0, 1):
-        (tmp_path/'original'/'val2014'/f'COCO_train2014_{i:012}.jpg').write_bytes((tmp_path/'original'/'val2014'/f'COCO_val2014_{i:012}.jpg').read_bytes())
+        image = (folder/f'COCO_val2014_{i:012}.jpg').read_bytes()
+        (folder/f'COCO_train2014_{i:012}.jpg').write_bytes(image)
     fails(run, 'COCO_train2014_000000000001', 'train', 'val')
 
 
 def test_two_photographs_of_one_name(tmp_path):
-    run = damaged(tmp_path, lambda t: t['images'][2].update(file_name='COCO_train2014_000000000000.png'))
-    Image.new('RGB', (128, 96)).save(tmp_path/'original'/'train2014'/'COCO_train2014_000000000000.png')
+    other = 'COCO_train2014_000000000000.png'
+    run = damaged(tmp_path, lambda tables: tables['images'][2].update(file_name=other))
+    Image.new('RGB', (128, 96)).save(tmp_path/'original'/'train2014'/other)
     fails(run, 'instances_train2014.json', 'same name')
 
 
 @pytest.mark.parametrize('size', [dict(height=128), dict(width=10**9), dict(height=-96)])
 def test_the_size_is_not_that_of_the_photograph(tmp_path, size):
-    "Nothing is made room for that the photograph does not have."
+    "The photograph is compared before a mask is allocated."
     def change(tables):
         tables['images'][1].update(size)
         for a in tables['annotations']:
@@ -388,10 +482,11 @@ def test_the_size_is_not_that_of_the_photograph(tmp_path, size):
     fails(damaged(tmp_path, change), 'COCO_train2014_000000000000.jpg', '128x96')
 
 
-def test_a_photograph_that_is_none(tmp_path):
+def test_a_photograph_that_cannot_be_read(tmp_path):
     run = damaged(tmp_path, lambda t: None)
-    (tmp_path/'original'/'val2014'/'COCO_val2014_000000000001.jpg').write_bytes(b'GIF89a no photograph')
-    fails(run, 'COCO_val2014_000000000001.jpg', 'cannot be read')
+    name = 'COCO_val2014_000000000001.jpg'
+    (tmp_path/'original'/'val2014'/name).write_bytes(b'GIF89a no photograph')
+    fails(run, name, 'cannot be read')
 
 
 def test_a_class_name_that_cannot_be_one(tmp_path):
@@ -410,7 +505,7 @@ def test_an_archive_that_leads_out(tmp_path):
 
 
 def test_codes_are_counted_as_pycocotools_does():
-    "The builder's own counting, against the library's."
+    "`runs` of this file against the library."
     inside = scene(np.random.default_rng(3))[1] > 0
     code = rle.frPyObjects(runs(inside), *inside.shape)
     assert (rle.decode(code).astype(bool) == inside).all() and rle.area(code) == inside.sum()
