@@ -1,5 +1,9 @@
-"What the code returned before the house was redrawn, number for number; `python tests/test_golden.py` records it anew."
+"""What the code returned before it was laid out anew, number for number.
+
+`python tests/test_golden.py` records it anew.
+"""
 import json
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from ppc import cam, contrast, crf, eps, inference, irn, metrics, psa, seam
 from ppc.pipeline import run
 from ppc.scenes import make_scenes
 from ppc.training import read_log
-from ppc.views import View, paired_views, transformation
+from ppc.views import paired_views, transformation
 
 VALUES = Path(__file__).parent/'golden.npz'
 RUNS = Path(__file__).parent/'golden_runs.json'
@@ -49,7 +53,8 @@ def scores(seed=0, size=(24, 20)):
     y, x = np.mgrid[:size[0], :size[1]]
     blobs = [np.exp(-((y - a)**2 + (x - b)**2)/40) for a, b in ((8, 6), (14, 14))]
     noisy = np.stack(blobs) + rng.uniform(0, .1, (2, *size))
-    return (noisy/noisy.max((1, 2), keepdims=True)).astype(np.float32), np.array([2, 3], dtype=np.uint8)
+    found = (noisy/noisy.max((1, 2), keepdims=True)).astype(np.float32)
+    return found, np.array([2, 3], dtype=np.uint8)
 
 
 def with_gradients(terms, leaves):
@@ -63,8 +68,8 @@ def of_cam():
     m = raw_maps(0)
     confidence = cam.confidences(m, tags())
     with_bg = cam.with_background(confidence[:, 1:], 'constant', .2)
-    found = {'stretch': cam.normalise_maps(m), 'confidences': confidence, 'labels': cam.pseudo_labels(with_bg)}
-    found['loss'] = cam.class_loss(m, tags())
+    found = {'stretch': cam.normalise_maps(m), 'confidences': confidence,
+             'labels': cam.pseudo_labels(with_bg), 'loss': cam.class_loss(m, tags())}
     present, numbers = inference.cam_scores(m[1], tags()[1])
     return found | {'scores': present, 'numbers': numbers}
 
@@ -93,7 +98,7 @@ def of_eps():
 
 def of_contrast(reading, moved):
     torch.manual_seed(7)
-    embeddings = [torch.randn(N, D, H, W).relu().requires_grad_(), torch.randn(N, D, 8, 8).relu().requires_grad_()]
+    embeddings = [torch.randn(N, D, *size).relu().requires_grad_() for size in ((H, W), (8, 8))]
     cams = [raw_maps(8), raw_maps(9, size=(8, 8))]
     views = [cam.Maps(c, c.relu()*1.5, e) for c, e in zip(cams, embeddings)]
     reading = contrast.READINGS[reading]
@@ -111,9 +116,12 @@ def of_masks():
     truth[:2] = 255
     curve.add(found, present, truth)
     seeds = crf.seed_mask(found, present, .3)
-    values = {'curve': curve.miou(), 'counts': curve.counts()[30], 'seed': seeds}
-    values |= {'crf': crf.crf(image, seeds, 5), 'crf scores': crf.crf_scores(image, np.concatenate([1 - found.max(0, keepdims=True), found]))}
-    values |= {'crf cam': crf.crf_cam(image, found, present), 'irn labels': irn.irn_labels(image, found, present)}
+    full = np.concatenate([1 - found.max(0, keepdims=True), found])
+    values = {
+        'curve': curve.miou(), 'counts': curve.counts()[30], 'seed': seeds,
+        'crf': crf.crf(image, seeds, 5), 'crf scores': crf.crf_scores(image, full),
+        'crf cam': crf.crf_cam(image, found, present),
+        'irn labels': irn.irn_labels(image, found, present)}
     for name, options in psa.PSA_PRESETS.items():
         values[f'psa labels {name}'] = psa.affinity_labels(image, found, present, 5, options)
         values[f'psa behind {name}'] = psa.behind(found, options.background, options.level)
@@ -126,8 +134,12 @@ def of_masks():
 
 
 GROUPS = {
-    'cam': of_cam, 'seam': lambda: of_seam(False), 'seam moved': lambda: of_seam(True), 'eps': of_eps, 'masks': of_masks,
-    **{f'{r}{" moved"*m}': lambda r=r, m=m: of_contrast(r, m) for r in ('paper', 'official') for m in (False, True)},
+    'cam': of_cam, 'seam': partial(of_seam, False), 'seam moved': partial(of_seam, True),
+    'eps': of_eps, 'masks': of_masks,
+    'paper': partial(of_contrast, 'paper', False),
+    'paper moved': partial(of_contrast, 'paper', True),
+    'official': partial(of_contrast, 'official', False),
+    'official moved': partial(of_contrast, 'official', True),
 }
 
 
@@ -138,18 +150,24 @@ def test_values_are_what_they_were(group):
     got = {k: torch.as_tensor(v).numpy() for k, v in GROUPS[group]().items()}
     assert {*got} == {*want}
     for name in want:
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-6, atol=1e-6, err_msg=name)
+        close = dict(rtol=1e-6, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(got[name], want[name], **close)
 
 
 QUICK = dict(
     batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4,
-    seg_options=dict(batch_size=4, epochs=1, crop=64), refine_options=dict(batch_size=4, epochs=1, crop=64))
+    seg_options=dict(batch_size=4, epochs=1, crop=64),
+    refine_options=dict(batch_size=4, epochs=1, crop=64))
 RECIPES = {
     'psa': (['cam', 'seam+ppc'], dict(refine='psa')),
-    'irn': (['eps+seam+ppc'], dict(refine='irn', reading='paper', flip=True, rotate=20.0, translate=8, crf_power=8.0)),
-    'crf': (['seam', 'eps', 'cam+ppc'], dict(scales=[.5, 1.0], refined=False, pcm='fixed', classifier='zeros', ema=.9)),
+    'irn': (['eps+seam+ppc'], dict(
+        refine='irn', reading='paper', flip=True, rotate=20.0, translate=8, crf_power=8.0)),
+    'crf': (['seam', 'eps', 'cam+ppc'], dict(
+        scales=[.5, 1.0], refined=False, pcm='fixed', classifier='zeros', ema=.9)),
 }
-CHANGING = {'seconds', 'peak_memory_mb', 'commit', 'versions', 'device', 'threads', 'parameters', 'images_per_s'}
+CHANGING = {
+    'seconds', 'peak_memory_mb', 'commit', 'versions', 'device', 'threads', 'parameters',
+    'images_per_s'}
 
 
 def kernels():
@@ -161,9 +179,12 @@ def outcome(name, scenes, out):
     "The numbers of a tiny run: its metrics.json, and the last line of each training's log."
     methods, parameters = RECIPES[name]
     metrics = run(out, methods, data=str(scenes), **QUICK, **parameters)
-    last = {f.parent.relative_to(out).as_posix(): read_log(f)[-1] for f in sorted(out.rglob('log.jsonl'))}
-    keep = lambda row: {k: v for k, v in row.items() if k not in CHANGING}
-    return json.loads(json.dumps({'metrics': keep(metrics), 'logs': {k: keep(v) for k, v in last.items()}}))
+    logs = {f.parent.relative_to(out).as_posix(): read_log(f) for f in out.rglob('log.jsonl')}
+
+    def lasting(row):
+        return {k: v for k, v in row.items() if k not in CHANGING}
+    last = {name: lasting(rows[-1]) for name, rows in sorted(logs.items())}
+    return json.loads(json.dumps({'metrics': lasting(metrics), 'logs': last}))
 
 
 def flat(x, path=''):
@@ -185,7 +206,10 @@ def two_threads():
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_runs_are_what_they_were(name, scenes, tmp_path, two_threads):
-    "To 1e-6 where torch and the processor's instructions are those of the record; with others trainings drift: three points."
+    """To 1e-6 where torch and the processor's instructions are those of the record.
+
+    With others the last bits of a training differ, and grow: within three points.
+    """
     known = json.loads(RUNS.read_text())
     got, want = flat(outcome(name, scenes, tmp_path/name)), flat(known['runs'][name])
     exact = kernels() == known['kernels']
@@ -201,7 +225,9 @@ def test_runs_are_what_they_were(name, scenes, tmp_path, two_threads):
 
 def record(folder):
     "Write both files."
-    found = {f'{g}/{k}': torch.as_tensor(v).numpy() for g, make in GROUPS.items() for k, v in make().items()}
+    found = {}
+    for group, make in GROUPS.items():
+        found |= {f'{group}/{k}': torch.as_tensor(v).numpy() for k, v in make().items()}
     np.savez_compressed(VALUES, **found)
     scenes = make_scenes(folder/'scenes', train=16, val=4)
     runs = {name: outcome(name, scenes, folder/name) for name in RECIPES}
