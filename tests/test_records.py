@@ -4,9 +4,12 @@ import json
 import re
 from pathlib import Path
 import pytest
-from ppc.sweeps import run_name, runs
+from ppc import sweeps
+from ppc.ablations import BUDGETS, TABLES, grid_of
+from ppc.sweeps import run_name, runs, sweep
 
-RESULTS = Path(__file__).parent.parent/'runs'/'results'
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT/'runs'/'results'
 # no sweep made these: their settings were taken from their parameters
 BY_HAND = 'demo', 'irn', 'baselines', 'options', 'voc-animals'
 DIGESTS = {   # sweep -> number of runs, digest of their records
@@ -81,3 +84,19 @@ def test_records_name_no_machine():
     "No path from the root of somebody's machine, but parameters that a run can be given again."
     for file in RESULTS.glob('*.jsonl'):
         assert not re.search(r'"(/|\.\./|~)', file.read_text()), file
+
+
+SCENES = ('components', 'k', 'longer', 'presets', 'refinement', 'segmentation', 'transforms',
+          'variance')
+
+
+@pytest.mark.parametrize('name', SCENES)
+def test_a_sweep_into_the_records_runs_nothing(name, monkeypatch):
+    "Called with the settings of its records, a sweep finds all of them done and makes no folder."
+    monkeypatch.setenv('TQDM_DISABLE', '1')
+    monkeypatch.setattr(sweeps, 'run_one', None)
+    recorded = {run_name(r['settings']) for r in runs(RESULTS/name)}
+    settings = [s for s in grid_of(TABLES[name], range(20)) if run_name(s) in recorded]
+    assert len(settings) == len(recorded)
+    outcomes = sweep(ROOT/'nbs'/'50_run.ipynb', settings, RESULTS/name, **BUDGETS['scenes'])
+    assert {outcome for _, outcome in outcomes} == {'done'} and not (RESULTS/name).exists()
