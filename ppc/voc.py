@@ -190,7 +190,7 @@ def check_splits(
         both = sorted({*splits.get(a, ())} & {*splits.get(b, ())})
         if both:
             raise DataError(f'{both[0]} is in {a} and in {b} ({len(both)} in all): a result on {b} '
-                            f'would not be valid. Remove it from one of them.')
+                            'would not be valid. Remove it from one of them.')
     _check_train_aug(splits)
     _check_sizes(splits)
 
