@@ -377,7 +377,7 @@ def write_each(
     jobs: Sequence[tuple],  # the file that a job writes is its first entry, a `Path`
     workers: int,  # processes; below 2, for few jobs and on a GPU this process does all
     label: str,  # in front of the progress bar
-):
+) -> None:
     "Do the jobs whose file does not exist yet."
     todo = [job for job in jobs if not job[0].exists()]
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=label) as bar:
@@ -402,7 +402,7 @@ def write_masks(
     pairwise: Pairwise = CRF_IRN,
     classes: int | None = None,  # as in `crf`
     power: float = 0,  # 0: the CRF begins with the seeds; otherwise with the CAMs, see `crf_cam`
-):
+) -> None:
     """Write the pseudo mask of every image of a split; existing masks are kept.
 
     Raises `DataError` for a CAM that is missing, damaged or of another size.

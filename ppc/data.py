@@ -71,7 +71,7 @@ def check_classes(
     names: list[str],  # background first
     path: Path,  # file that holds the names, for the messages
     report: Callable[[str], None] = raise_problem,  # receives each problem
-):
+) -> None:
     "Report class names that are too few, too many for a mask, repeated, empty or contain a space."
     counts = Counter(names)
     if not 2 <= len(counts) <= 255:
@@ -263,7 +263,7 @@ def split_ids(
 def match_split(
     root: Path | str, split: str, ids: list[str], tags: dict, files: dict[str, Path],
     report: Callable[[str], None] = raise_problem,  # receives each problem
-):
+) -> None:
     "Report every id of a split that lacks a picture or a row."
     root = Path(root)
     for i in ids:
@@ -276,7 +276,7 @@ def match_split(
 def match_rows(
     root: Path | str, tags: dict, files: dict[str, Path],
     report: Callable[[str], None] = raise_problem,  # receives each problem
-):
+) -> None:
     "Report every row of `tags.csv` that lacks a picture."
     root = Path(root)
     for i in tags:
@@ -366,7 +366,7 @@ def voc_palette(n: int = 256) -> np.ndarray:  # (n, 3) uint8
 def write_mask(
     path: Path | str,  # .png
     mask: np.ndarray,  # (H, W) class numbers
-):
+) -> None:
     "Write class numbers as a PNG with VOC's palette, atomically."
     im = Image.fromarray(np.asarray(mask, dtype=np.uint8), mode=None).convert('P')
     im.putpalette(voc_palette().tobytes())
@@ -379,7 +379,7 @@ def check(
     masks: bool = False,  # also open the masks
     workers: int = 4,  # threads
     saliency: bool = False,  # also open the saliency maps, which may differ in size from the image
-):
+) -> None:
     "Open every file of the split, in order. Raises `DataError` at the first that is unusable."
     def problems(i):
         mask = folder.mask_path(i) if masks else None

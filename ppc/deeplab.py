@@ -334,7 +334,7 @@ def write_predictions(
     batch_size: int = 8,
     label: str = 'predictions',  # in front of the progress bar
     pairwise: Pairwise | None = None,  # of a CRF; None: no CRF
-):
+) -> None:
     "Write the predicted mask of every image of a split; existing masks are kept."
     device = next(model.parameters()).device
     files = [Path(out)/f'{i}.png' for i in folder.ids]
@@ -355,7 +355,7 @@ def voc_archive(
     path: Path | str,  # .tar.gz or .tgz to write
     year: int = 2012,
     competition: str = 'comp5',  # learned from VOC alone; 'comp6': from other data too
-):
+) -> None:
     """Pack predictions for the evaluation server.
 
     Raises `DataError` for a missing mask, `ValueError` for another ending.
@@ -391,7 +391,7 @@ def check_archive(
     folder: TagFolder,  # of the test set
     year: int = 2012,
     competition: str = 'comp5',
-):
+) -> None:
     """Check that the archive holds one mask of each image and nothing else.
 
     In the size of the image, in VOC's colours, of known classes. Raises `DataError` otherwise.
@@ -473,7 +473,7 @@ class _Exported(nn.Module):
 def export(
     model: DeepLab,  # is not changed
     path: Path | str,  # .onnx or .pt2 (`torch.export`) to write
-):
+) -> None:
     """Write a network from `image` (N, 3, H, W) uint8 RGB of any size to `logits` at its size.
 
     Raises `ValueError` for another ending, `ImportError` where .onnx lacks its packages.

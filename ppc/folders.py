@@ -45,7 +45,7 @@ from ppc.data import (
 def link_file(
     source: Path | str,  # existing file
     target: Path | str,  # path of the link
-):
+) -> None:
     "Make a symbolic link in one step. Raises `DataError` if it is impossible or would overwrite."
     source, target = Path(source).resolve(), Path(target)
     if not source.is_file():
@@ -78,7 +78,7 @@ def write_folder(
     classes: list[str],  # names without spaces, background first
     splits: dict[str, Iterable[str]] | None = None,  # name -> ids; None: every image is 'train'
     masks: dict[str, Path] | None = None,  # id -> path of its mask, to be linked as well
-):
+) -> None:
     """Link the photographs and write `tags.csv`, `classes.txt` and `ImageSets`.
 
     Raises `DataError` for an id or a class that cannot be a name."""

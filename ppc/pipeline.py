@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'splits', 'generate', 'open_lists', 'plan', 'run', 'run_key', 'reported', 'walk', 'do_stage',
            'describe_stages', 'table_row', 'network_start', 'threshold_origin', 'seed_rows', 'later_rows', 'result',
-           'later_numbers', 'provenance', 'device_name', 'read_run', 'run_classes', 'pictured_stages',
+           'later_numbers', 'provenance', 'device_name', 'read_run', 'run_classes', 'run_stages', 'pictured_stages',
            'trained_segmenter']
 
 # %% ../nbs/39_pipeline.ipynb #d33868cf
@@ -51,7 +51,7 @@ class Plan:
     lists: dict[str, TagFolder]  # by split
     stages: list[Stage]
 
-# %% ../nbs/39_pipeline.ipynb #01ee3001
+# %% ../nbs/39_pipeline.ipynb #1ee3001f
 def splits(config: Config) -> list[str]:
     "The lists of images that a run reads."
     found = [config.cam.train_split, config.seeds.seed_split]
@@ -74,7 +74,7 @@ def generate(out: Path, config: Config) -> tuple[Path, Path]:  # folders of scen
     with stage_folder(out, 'closeups', key, r.shared) as folder:
         return scenes, make_closeups(folder, r.closeups, r.seed)
 
-# %% ../nbs/39_pipeline.ipynb #15e85d3a
+# %% ../nbs/39_pipeline.ipynb #615e85d3
 def open_lists(out: Path, config: Config) -> dict[str, TagFolder]:
     "The lists of images by split, `shown`, and `closeups` if generated. Raises `DataError`."
     root, closeups = (config.run.data, None) if config.run.data else generate(out, config)
@@ -82,7 +82,7 @@ def open_lists(out: Path, config: Config) -> dict[str, TagFolder]:
     lists['shown'] = first_images(lists[config.seeds.seed_split], SHOWN)
     return lists | ({'closeups': TagFolder(closeups)} if closeups else {})
 
-# %% ../nbs/39_pipeline.ipynb #834fb2a3
+# %% ../nbs/39_pipeline.ipynb #34fb2a3f
 def plan(
     out: Path,
     methods: Iterable[str | Method],
@@ -100,7 +100,7 @@ def plan(
     _check_networks(lists, config)
     return Plan(out, config, methods, lists, found)
 
-# %% ../nbs/39_pipeline.ipynb #9a671d90
+# %% ../nbs/39_pipeline.ipynb #a671d90a
 def _check_lists(lists, methods, config):
     "Every image of every list, with its mask and its saliency map where they are read."
     saliency = any(m.saliency for m in methods)
@@ -143,7 +143,7 @@ def run(
             f'{out} is being worked on by another process: wait for it, or use another run folder.'
         ) from None
 
-# %% ../nbs/39_pipeline.ipynb #7d40f9a2
+# %% ../nbs/39_pipeline.ipynb #d40f9a25
 def run_key(methods: Iterable[str | Method], config: Config) -> dict:
     "What a run's result depends on: methods and parameters by flat name."
     names = [m if isinstance(m, str) else m.name for m in methods]
@@ -171,7 +171,7 @@ def walk(p: Plan) -> dict:  # what the run reports
     parameters = {'parameters': reported(p.config)}
     return result(p, found) | {'peak_memory_mb': peak} | parameters | provenance()
 
-# %% ../nbs/39_pipeline.ipynb #1f2c01ca
+# %% ../nbs/39_pipeline.ipynb #f2c01cac
 def do_stage(p: Plan, stage: Stage, key: dict) -> dict:  # metrics
     "One stage, unless it is done."
     inputs = Inputs({name: p.out/name for name in stage.needs}, p.lists)
@@ -196,7 +196,7 @@ def table_row(
             'truth': truth, 'threshold': threshold, 'threshold from': chosen,
             'tags at test time': tags, 'start': start, 'miou': miou}
 
-# %% ../nbs/39_pipeline.ipynb #45bb7674
+# %% ../nbs/39_pipeline.ipynb #5bb7674a
 def network_start(config: Config, name: str = '', weights: str = '') -> str:
     "How a network begins: its weights, then what it learned before the methods did."
     c = config.cam
@@ -215,7 +215,7 @@ def threshold_origin(p: Plan) -> str:
         return 'given'
     return f'best on {split}' if p.lists[split].has_masks else 'default'
 
-# %% ../nbs/39_pipeline.ipynb #1ef87dc0
+# %% ../nbs/39_pipeline.ipynb #ef87dc0d
 def seed_rows(p: Plan, found: dict) -> list[dict]:
     "Seeds, and seeds + CRF, of every method."
     data, start, rows = p.lists[p.config.seeds.seed_split], network_start(p.config), []
@@ -227,7 +227,7 @@ def seed_rows(p: Plan, found: dict) -> list[dict]:
                 rows.append(table_row(stage, m.name, data, made['miou'], True, start, *how))
     return rows
 
-# %% ../nbs/39_pipeline.ipynb #84410a30
+# %% ../nbs/39_pipeline.ipynb #4410a306
 def later_rows(p: Plan, found: dict) -> list[dict]:
     "Pseudo masks and the segmenter, as far as the run has them."
     r, g, rows = p.config.refine, p.config.segment, []
@@ -248,7 +248,7 @@ def later_rows(p: Plan, found: dict) -> list[dict]:
         rows.append(table_row('segmenter', found['best']['method'], *how))
     return rows
 
-# %% ../nbs/39_pipeline.ipynb #a5dd3e1c
+# %% ../nbs/39_pipeline.ipynb #9a5dd3e1
 def result(p: Plan, found: dict) -> dict:
     "What a run reports: mIoU and IoU of every stage, thresholds, and the table."
     def of_methods(stage, value):
@@ -307,7 +307,7 @@ def read_run(
             'or of a method in it (runs/mine/seam+ppc).')
     return found.pop('methods'), Config.from_flat(**modern(found))
 
-# %% ../nbs/39_pipeline.ipynb #d4f50fec
+# %% ../nbs/39_pipeline.ipynb #4f50fecc
 def run_classes(
     run: Path | str,  # run folder
     data: Path | str,  # dataset folder that it learned from; '': the run's own scenes
@@ -322,22 +322,29 @@ def run_classes(
         f'{run/"classes.txt"} is missing, and {data} has gone: '
         f'put the classes.txt that the run learned from into {run}.')
 
-# %% ../nbs/39_pipeline.ipynb #5786679e
+# %% ../nbs/39_pipeline.ipynb #8fca31fa
+def run_stages(
+    run: Path | str,  # run folder
+) -> list[dict]:  # as from `describe_stages`
+    "The stages of a run in their order; none for a copy of its metrics alone. Raises `DataError`."
+    run = Path(run)
+    if (run/'stages.json').is_file():
+        return read_json(run/'stages.json')
+    if not (run/'config.json').is_file():
+        return []
+    methods, config = read_run(run)
+    return describe_stages(stages(config, methods))
+
+# %% ../nbs/39_pipeline.ipynb #4a4dc13a
 def pictured_stages(
     run: Path | str,  # run folder
     best: str,  # name of a method
 ) -> dict[str, tuple[str, Path]]:  # title -> 'cam' or 'mask', folder of its files
-    "The stages whose files are pictures, from a run's stages.json. Raises `DataError`."
-    run = Path(run)
-    if (run/'stages.json').is_file():
-        found = read_json(run/'stages.json')
-    else:  # a run of an earlier edition
-        methods, config = read_run(run)
-        found = describe_stages(stages(config, methods))
+    "The stages whose files are pictures. Raises `DataError`."
     def wanted(s):
         method, _, rest = s['name'].partition('/')
         return s['shows'] == 'cam' or s['shows'] and (not rest or method == best)
-    return {s['title']: (s['shows'], run/s['name']) for s in found if wanted(s)}
+    return {s['title']: (s['shows'], Path(run)/s['name']) for s in run_stages(run) if wanted(s)}
 
 # %% ../nbs/39_pipeline.ipynb #17c9f3f6
 def trained_segmenter(

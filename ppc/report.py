@@ -6,14 +6,14 @@
 __all__ = ['RESULT_KEYS', 'EDGE', 'TEMPLATES', 'Run', 'find_runs', 'with_varied', 'unfinished_runs', 'HtmlTable',
            'format_percent', 'format_duration', 'format_value', 'result_table', 'class_ious', 'class_table',
            'settings_tables', 'run_scores', 'score_names', 'runs_table', 'group_by_setting', 'seeds_table',
-           'format_spread', 'inline_svg', 'inline_image', 'curves', 'spread_plot', 'thumbnail', 'stages_shown',
-           'gallery', 'made_with', 'run_context', 'sweep_context', 'report_page']
+           'format_spread', 'inline_svg', 'inline_image', 'curves', 'training_logs', 'spread_plot', 'thumbnail',
+           'picture_columns', 'draw_cam', 'draw_mask', 'gallery', 'made_with', 'run_context', 'sweep_context',
+           'report_page']
 
 # %% ../nbs/47_report.ipynb #a8c79240
 import base64
 import io
 import re
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from markupsafe import Markup
 from PIL import Image
 from .data import DataError, TagFolder, atomic, read_mask
 from .inference import read_cam
-from .parameters import Config
+from .parameters import Config, modern
+from .pipeline import pictured_stages, run_stages
 from .plots import colour_cam, colour_mask, loss_curves, threshold_curves
 from .training import read_log
 from .work import SHOWN, read_json
@@ -44,8 +45,8 @@ class Run(NamedTuple):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        "The parameters that the run was called with."
-        return self.metrics.get('parameters', {})
+        "The parameters that the run was called with, by today's names."
+        return modern(self.metrics.get('parameters', {}))
 
 # %% ../nbs/47_report.ipynb #sbb9c1db
 def find_runs(
@@ -256,26 +257,29 @@ def inline_image(
     return tag.format(kind, base64.b64encode(data).decode(), alt, Markup(size))
 
 # %% ../nbs/47_report.ipynb #se1189b7
-def curves(
-    run: Run,
-) -> list[Markup]:
-    "Draw the threshold curves of the seeds and the losses of every network, where they exist."
-    seeds = {m: read_json(f) for m in run.methods
-             if (f := run.folder/m/'seeds'/'metrics.json').is_file()}
-    shown, found = [], {m: s['curve'] for m, s in seeds.items() if 'curve' in s}
+def curves(run: Run) -> list[Markup]:
+    "The threshold curves of the seeds and the losses of every network, as far as they are there."
+    paths = {m: run.folder/m/'seeds'/'metrics.json' for m in run.methods}
+    seeds = {m: read_json(path) for m, path in paths.items() if path.is_file()}
+    found = {m: s['curve'] for m, s in seeds.items() if 'curve' in s}
+    shown = []
     if found:
         fig, ax = plt.subplots(figsize=(3.6, 2.5))
         threshold_curves(found, np.arange(len(next(iter(found.values()))))/100, ax)
         title = f'Seed mIoU against the background threshold, of {", ".join(found)}'
         shown.append(inline_svg(fig, title))
-    logs = {**{m: f'{m}/train' for m in run.methods},
-            'affinities': 'affinity', 'segmenter': 'segmenter'}
-    for name, folder in logs.items():
-        if rows := read_log(run.folder/folder/'log.jsonl'):
-            fig, ax = plt.subplots(figsize=(3.6, 2.5))
-            loss_curves(rows, name, ax).legend(fontsize=7, frameon=False)
-            shown.append(inline_svg(fig, f'Losses of {name} against the step'))
+    for name, rows in training_logs(run).items():
+        fig, ax = plt.subplots(figsize=(3.6, 2.5))
+        loss_curves(rows, name, ax).legend(fontsize=7, frameon=False)
+        shown.append(inline_svg(fig, f'Losses of {name} against the step'))
     return shown
+
+# %% ../nbs/47_report.ipynb #d4aec375
+def training_logs(run: Run) -> dict[str, list[dict]]:  # name of a stage, or of its method -> rows
+    "The logs of the stages that learn, in the order of the run, as far as they are there."
+    found = {s['name']: read_log(run.folder/s['name']/'log.jsonl')
+             for s in run_stages(run.folder) if s['learns']}
+    return {name.removesuffix('/train'): rows for name, rows in found.items() if rows}
 
 # %% ../nbs/47_report.ipynb #09f26179
 def spread_plot(runs: list[Run]) -> Markup:
@@ -327,42 +331,44 @@ def thumbnail(
     return inline_image('png' if flat else 'jpeg', file.getvalue(), alt, size)
 
 # %% ../nbs/47_report.ipynb #s8f61077
-def stages_shown(
+def picture_columns(
     run: Run,
-    split: str,  # image list whose CAMs are shown
-) -> dict[str, tuple[str, Path]]:  # title -> (kind, folder of its files)
-    "The stages whose pictures the page shows."
-    best, refine = run.metrics.get('best', run.methods[-1]), run.parameters.get('refine')
-    walked = ({} if refine in ('none', 'crf', None)
-              else {'labels': 'affinity-labels', refine.upper(): 'masks'})
-    masks = {f'{best} +CRF': f'{best}/crf', **walked, 'segmenter': 'shown'}
-    return ({m: ('cam', run.folder/m/f'cams-{split}') for m in run.methods}
-            | {title: ('mask', run.folder/f) for title, f in masks.items()})
+    ids: list[str],  # of the images
+) -> dict[str, list[Markup]]:  # title of a stage -> a thumbnail of each image
+    "The stages that have pictures of all these images."
+    best, found = run.metrics.get('best', run.methods[-1]), {}
+    for title, (kind, folder) in pictured_stages(run.folder, best).items():
+        files = [folder/f'{i}.{"npz" if kind == "cam" else "png"}' for i in ids]
+        if all(f.is_file() for f in files):
+            draw = draw_cam if kind == 'cam' else draw_mask
+            found[title] = [thumbnail(draw(f), f'{title} of {f.stem}', kind == 'mask')
+                            for f in files]
+    return found
+
+def draw_cam(file: Path) -> np.ndarray:  # (H, W, 3) uint8
+    "A CAM file in colours."
+    return colour_cam(*read_cam(file))
+
+def draw_mask(file: Path) -> np.ndarray:  # (H, W, 3) uint8
+    "A mask in colours."
+    return colour_mask(read_mask(file))
 
 # %% ../nbs/47_report.ipynb #4809d56b
-def gallery(
-    run: Run,
-) -> HtmlTable | None:
+def gallery(run: Run) -> HtmlTable | None:
     "The first images through every stage; None where the dataset is not at hand."
     root = Path(run.parameters.get('data') or run.folder/'scenes')
-    split = run.parameters.get('seed_split', 'train')
     if not (root/'JPEGImages').is_dir():
         return None
-    data, shown = TagFolder(root, split), {}
+    data = TagFolder(root, run.parameters.get('seed_split', 'train'))
     pick = range(min(SHOWN, len(data)))
+    ids = [data.ids[i] for i in pick]
     tags = [' '.join(c for c, t in zip(data.classes[1:], data.tags[i]) if t) or 'no tag'
             for i in pick]
-    shown['image'] = [thumbnail(data.image(i, EDGE), f'{data.ids[i]}: {tags[i]}') for i in pick]
+    shown = {'image': [thumbnail(data.image(i, EDGE), f'{data.ids[i]}: {tags[i]}') for i in pick]}
     if data.has_masks:
-        shown['truth'] = [thumbnail(colour_mask(data.mask(i)), f'true mask of {data.ids[i]}', True)
-                          for i in pick]
-    for title, (kind, folder) in stages_shown(run, split).items():
-        files = [folder/f'{data.ids[i]}.{"npz" if kind == "cam" else "png"}' for i in pick]
-        if not all(f.is_file() for f in files):
-            continue
-        draw = ((lambda f: colour_cam(*read_cam(f))) if kind == 'cam'
-                else (lambda f: colour_mask(read_mask(f))))
-        shown[title] = [thumbnail(draw(f), f'{title} of {f.stem}', kind == 'mask') for f in files]
+        truth = {i: colour_mask(data.mask(i)) for i in pick}
+        shown['truth'] = [thumbnail(truth[i], f'true mask of {data.ids[i]}', True) for i in pick]
+    shown |= picture_columns(run, ids)
     rows = [list(row) for row in zip(tags, *shown.values())]
     return HtmlTable('The first images through every stage', ['tags', *shown], rows)
 

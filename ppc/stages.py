@@ -11,7 +11,7 @@ __all__ = ['NETWORK_READS', 'FIT_READS', 'VIEW_READS', 'TRAIN_READS', 'CRF_READS
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,11 +21,30 @@ from filelock import FileLock
 from .data import TagFolder
 from .methods import Method, check_methods
 from .parameters import Config
-from .work import PRETRAIN_BATCH, Inputs, affinity_options, choose_best, evaluate_seeds
-from .work import make_affinity_labels, make_best_cams, make_cams, make_masks
-from .work import make_walked_masks, pack_archive, pretrain, read_json, refine_seeds
-from .work import segment_shown, segment_val, segmentation_recipe, train_affinities
-from .work import train_cam, train_segmenter, warm_up, write_json
+from ppc.work import (
+    PRETRAIN_BATCH,
+    Inputs,
+    affinity_options,
+    choose_best,
+    evaluate_seeds,
+    make_affinity_labels,
+    make_best_cams,
+    make_cams,
+    make_masks,
+    make_walked_masks,
+    pack_archive,
+    pretrain,
+    read_json,
+    refine_seeds,
+    segment_shown,
+    segment_val,
+    segmentation_recipe,
+    train_affinities,
+    train_cam,
+    train_segmenter,
+    warm_up,
+    write_json,
+)
 
 # %% ../nbs/38_stages.ipynb #5965e6e5
 @dataclass(frozen=True)
@@ -128,7 +147,7 @@ def stage_folder(
     name: str,  # of the stage
     key: dict,
     shared: str = '',  # folder that runs share; '': the stage lies in the run's folder
-):  # yields the folder
+) -> Iterator[Path]:
     "Where a stage works; in `shared`, no other process does meanwhile."
     if not shared:
         yield out/name

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'LINES', 'grid', 'read_values', 'run_name', 'run_one', 'is_done', 'execute', 'records_file', 'read_records',
-           'as_now', 'runs', 'recorded_runs', 'write_records', 'defaults', 'check_parameters', 'check_folder',
-           'prepare_jobs', 'sweep_state', 'time_left', 'summary_line', 'show_progress', 'sweep', 'local_engine']
+           'runs', 'recorded_runs', 'write_records', 'defaults', 'check_parameters', 'check_folder', 'prepare_jobs',
+           'sweep_state', 'time_left', 'summary_line', 'show_progress', 'sweep', 'local_engine']
 
 # %% ../nbs/40_sweeps.ipynb #b1a3fd9a
 import ast
@@ -36,6 +36,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from .data import DataError, atomic
+from .parameters import modern
 from .work import read_json, write_json
 
 # %% ../nbs/40_sweeps.ipynb #d84a9f79
@@ -165,24 +166,18 @@ def _read_record(line, where):
     return record
 
 # %% ../nbs/40_sweeps.ipynb #0f8ef265
-def as_now(
-    parameters: dict,  # of a record
-) -> dict:
-    "Translate the parameters of a record into the names and values of this edition."
-    return parameters
-
-def _record_as_now(record):
+def _modern_record(record):
     metrics = record['metrics']
     if 'parameters' in metrics:
-        metrics = {**metrics, 'parameters': as_now(metrics['parameters'])}
-    return {**record, 'settings': as_now(record['settings']), 'metrics': metrics}
+        metrics = {**metrics, 'parameters': modern(metrics['parameters'])}
+    return {**record, 'settings': modern(record['settings']), 'metrics': metrics}
 
 # %% ../nbs/40_sweeps.ipynb #d5cdbce2
 def runs(
     root: Path | str,  # folder of a sweep, or its file of records
 ) -> list[dict]:       # name, settings and metrics of each, sorted by name
     "Read the runs of a sweep that are done. Raises `DataError` for a damaged record."
-    return [_record_as_now(r) for r in _all_records(root)]
+    return [_modern_record(r) for r in _all_records(root)]
 
 # %% ../nbs/40_sweeps.ipynb #d219dd90
 def _all_records(root):  # as they were written
@@ -192,7 +187,7 @@ def _all_records(root):  # as they were written
     return sorted(found, key=lambda r: r['name'])
 
 def _folder_name(record):  # by its settings: its name may have been given by an older edition
-    return run_name(as_now(record['settings']))
+    return run_name(modern(record['settings']))
 
 def _folder_records(root):
     folders = [f.parent for f in Path(root).glob('*/metrics.json')]
@@ -204,7 +199,7 @@ def recorded_runs(
     root: Path | str,  # folder of a sweep
 ) -> dict[str, dict]:  # name of a run's folder -> its record
     "Read the runs in a sweep's file of records. Raises `DataError` for a damaged line."
-    return {_folder_name(r): _record_as_now(r) for r in read_records(records_file(root))}
+    return {_folder_name(r): _modern_record(r) for r in read_records(records_file(root))}
 
 # %% ../nbs/40_sweeps.ipynb #58ff2d91
 def write_records(
@@ -281,7 +276,7 @@ def check_folder(
 def _made_with(folder):  # parameters; of several files the last one counts
     metrics, config, own = (read_json(folder/f) if (folder/f).exists() else {}
                             for f in ('metrics.json', 'config.json', 'settings.json'))
-    return {**as_now(metrics.get('parameters', {})), **as_now(config), **as_now(own)}
+    return {**modern(metrics.get('parameters', {})), **modern(config), **modern(own)}
 
 # %% ../nbs/40_sweeps.ipynb #0627e8e0
 def prepare_jobs(

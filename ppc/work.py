@@ -106,7 +106,10 @@ def pretrain(folder: Path, inputs: Inputs, config: Config) -> dict:
     return {'images': len(data), 'epochs': epochs}
 
 # %% ../nbs/37_work.ipynb #s2b5f3b2
-def seeded_camnet(config, classes, method, pretrained, seeds) -> CamNet:
+def seeded_camnet(
+    config: Config, classes: int, method: Method, pretrained: Path | None,
+    seeds: dict[str, int],  # of each of `CHANCE_SOURCES`
+) -> CamNet:
     "The network of a method with its first weights, parts of it from other seeds."
     def begin(seed):
         torch.manual_seed(seed)
@@ -259,7 +262,9 @@ def make_best_cams(
     return make_cams(folder, inputs, config, method, config.refine.mask_split)
 
 # %% ../nbs/37_work.ipynb #b85084a5
-def mask_inputs(inputs: Inputs, config: Config):
+def mask_inputs(
+    inputs: Inputs, config: Config,
+) -> tuple[TagFolder, TagFolder, Path, dict]:
     "Images, those with the truth, the folder of CAMs, and what the stage `best` found."
     r, best = config.refine, read_json(inputs['best']/'metrics.json')
     data, truth = inputs.lists[r.mask_split], inputs.lists[config.seeds.seed_split]
@@ -303,7 +308,7 @@ def make_affinity_labels(folder: Path, inputs: Inputs, config: Config) -> dict:
     return {'images': len(data)}
 
 # %% ../nbs/37_work.ipynb #e772f8a3
-def make_affinity_net(config: Config, pretrained=None) -> AffinityNet | IRNet:
+def make_affinity_net(config: Config, pretrained: Path | None = None) -> AffinityNet | IRNet:
     "The network that learns affinities. Raises `ValueError` or `DataError`."
     r, options = config.refine, affinity_options(config)
     backbone = make_backbone(config, r.refine_backbone, r.refine_weights, pretrained)
@@ -347,7 +352,7 @@ def segmentation_recipe(config: Config) -> Recipe | None:
     return preset('recipe', RECIPES, g.recipe, options)
 
 # %% ../nbs/37_work.ipynb #d2285cb8
-def make_segmenter(config: Config, classes: int, pretrained=None) -> DeepLab:
+def make_segmenter(config: Config, classes: int, pretrained: Path | None = None) -> DeepLab:
     "The segmentation network. Raises `ValueError` or `DataError`."
     g = config.segment
     backbone = make_backbone(config, g.seg_backbone, g.seg_weights, pretrained)

@@ -458,7 +458,7 @@ def test_a_record_of_something_else_is_refused(toy, monkeypatch):
 
 def test_a_record_keeps_its_words_and_is_read_in_those_of_today(toy, monkeypatch):
     "After a parameter was renamed, the file keeps the old name and readers see the new one."
-    def as_now(parameters):
+    def modern(parameters):
         return {{'width': 'k'}.get(name, name): value for name, value in parameters.items()}
 
     def record(name):
@@ -468,7 +468,7 @@ def test_a_record_keeps_its_words_and_is_read_in_those_of_today(toy, monkeypatch
     old = record('width')
     put_file('k.jsonl', old)
     put_folder('made', old)
-    monkeypatch.setattr(sweeps, 'as_now', as_now)
+    monkeypatch.setattr(sweeps, 'modern', modern)
     for root in ('k', 'made'):
         assert runs(root) == [record('k')]
         assert read_records(write_records(root)) == [old]
