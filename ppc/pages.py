@@ -73,21 +73,26 @@ class BookRenderer(IPythonRenderer):
         super().__init__(escape=escape, anchor_link_text='#')
         self.targets = targets  # text in code letters -> where it leads
 
-    def block_math(self, body):
+    def block_math(self, body: str) -> str:
+        "A formula on a line by itself."
         return formula(body, True)
 
-    def inline_math(self, body):
+    def inline_math(self, body: str) -> str:
+        "A formula within the text."
         return formula(body)
 
-    def link(self, text, url, title=None):
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        "A link; one to a notebook leads to its page."
         return super().link(text, re.sub(r'^(\w+)\.ipynb(?=#|$)', r'\1.html', url), title)
 
-    def codespan(self, text):
+    def codespan(self, text: str) -> str:
+        "Code letters; a known name becomes a link."
         target = self.targets.get(text)
         code = super().codespan(text)
         return f'<a href="{target}">{code}</a>' if target else code
 
-    def table(self, text):
+    def table(self, text: str) -> str:
+        "A table that scrolls where it is wide."
         return f'<div class="wide"><table>{text}</table></div>'
 
 # %% ../nbs/48_pages.ipynb #217b7265

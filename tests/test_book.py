@@ -131,7 +131,8 @@ def hints_missing(name, value):
             return []
     found = inspect.signature(value)
     lacking = [p for p in found.parameters.values() if p.annotation is p.empty]
-    lacking = [p.name for p in lacking if p.name not in ('self', 'cls', 'args', 'kwargs')]
+    rest = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL  # of another function
+    lacking = [p.name for p in lacking if p.name not in ('self', 'cls') and p.kind not in rest]
     made = value.__name__ != '__init__' and found.return_annotation is found.empty
     return lacking + ['return']*made
 
@@ -158,7 +159,7 @@ def test_parameters_cell_is_made_from_the_dataclasses():
     own, made = parameters_source().split('# Settings', 1)
     assert f'# Settings{made}' == parameters.parameters_cell()
     given = {line.split(':')[0] for line in made.splitlines() if not line.startswith(('#', ' '))}
-    assert given == {*parameters.PARAMETERS} and len(given) == 58
+    assert given == {*parameters.PARAMETERS} and len(given) == 64
     methods, = re.findall(r'^methods: list = (\[.*?\])', own, re.M)
     assert tuple(ast.literal_eval(methods)) == DEFAULT_METHODS
 
