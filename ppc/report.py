@@ -274,7 +274,6 @@ def curves(run: Run) -> list[Markup]:
         shown.append(inline_svg(fig, f'Losses of {name} against the step'))
     return shown
 
-# %% ../nbs/47_report.ipynb #d4aec375
 def training_logs(run: Run) -> dict[str, list[dict]]:  # name of a stage, or of its method -> rows
     "The logs of the stages that learn, in the order of the run, as far as they are there."
     found = {s['name']: read_log(run.folder/s['name']/'log.jsonl')
