@@ -187,7 +187,7 @@ def test_data_moved_away(done, tmp_path):
     shutil.rmtree(tmp_path/'tiny'/'scenes')
     soup = check_page(report_page(tmp_path/'tiny', tmp_path/'page.html'))
     assert 'the images that this run learned from are not at hand' in soup.get_text()
-    assert not soup.select('.gallery') and len(soup.select('.figures img')) == 3
+    assert not soup.select('.gallery') and len(soup.select('.figures img')) == 4
 
 
 def test_without_masks(mine, tmp_path):
@@ -364,7 +364,7 @@ def check_in_browser(browser, page, width, dark=False):
 def test_one_run_in_a_browser(done, browser, width, dark):
     check_in_browser(browser, done[1], width, dark)
     assert browser.evaluate("document.querySelectorAll('table').length") == 5
-    assert browser.evaluate('document.images.length') == 6*5 + 3
+    assert browser.evaluate('document.images.length') == 6*5 + 4
     assert (browser.evaluate(RED_OF_PAPER) < 60) == dark
     assert browser.evaluate(CELLS_ARE_LOW)  # no column is squeezed to a word a line
 

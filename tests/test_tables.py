@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from scipy import stats
-from ppc import parameters
 from ppc.ablations import (
     BEYOND,
     COMPONENTS_TABLE,
@@ -31,7 +30,8 @@ from ppc.ablations import (
     grid_of,
 )
 from ppc.contrast import OFFICIAL_READING, PAPER_READING
-from ppc.stages import contrast_reading, method_losses
+from ppc.methods import check_methods, contrast_reading
+from ppc.parameters import Config
 from ppc.tables import (
     collect_numbers,
     common_settings,
@@ -310,7 +310,7 @@ def test_one_table_one_way_of_making():
     same = [made('a', 0, epochs=8), made('b', 1, epochs=8)]
     assert common_settings(same, LITTLE) == {'epochs': 8}
     # the parameter is missing in the record of an older edition, and has its default in the other
-    default = made('b', 1, epochs=parameters.CamTraining().epochs)
+    default = made('b', 1, epochs=Config().cam.epochs)
     assert common_settings([made('a', 0), default], LITTLE) == {}
     with pytest.raises(ValueError, match='epochs = 3, .* with 8'):
         common_settings([made('a', 0, epochs=8), made('b', 0, epochs=3)], LITTLE)
@@ -371,8 +371,8 @@ def test_tables_can_be_run(name):
     "Rows are made of parameters that exist; cells differ in settings or are one run."
     table = TABLES[name]
     for s in grid_of(table, [0, 1]):
-        parts = parameters.settings(**{k: v for k, v in s.items() if k != 'methods'})
-        method_losses(s['methods'][0], parts[parameters.CamTraining])
+        config = Config.from_flat(**{k: v for k, v in s.items() if k != 'methods'})
+        check_methods(s['methods'], config)
     assert table.against in table.rows and {*table.paper} <= {*table.rows}
     assert all(len(v) == len(table.columns) for v in table.paper.values())
     rows = [json.dumps(r, sort_keys=True) for r in table.rows.values()]
@@ -388,7 +388,7 @@ def test_presets_lead_from_one_to_the_other(start, reading, end):
     changed = {k for k in vars(reading) if vars(reading)[k] != vars(end)[k]}
     rows = {r: p for r, p in PRESETS_TABLE.rows.items() if p.get('reading') == start}
     assert len(rows) == 1 + len(changed) + len(BEYOND)
-    steps = [contrast_reading(parameters.CamTraining(
+    steps = [contrast_reading(Config.from_flat(
         reading=p['reading'], options=p.get('options', {}))) for p in rows.values()]
     assert steps[0] == reading
     for step in steps[1:1 + len(changed)]:
