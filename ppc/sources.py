@@ -56,7 +56,7 @@ def _of_torchvision(name, served):
     learned, size = f'ImageNet-1k ({entry.name})', entry.meta.get('_file_size')
     return WeightSource(file, name, learned, 'torchvision', mib=size, served=served, sha256=digits)
 
-# %% ../nbs/43_sources.ipynb #7372f27e
+# %% ../nbs/43_sources.ipynb #372f27ed
 def _of_old_torchvision(name, digits):
     learned = 'ImageNet-1k (IMAGENET1K_V1)'
     where = 'torchvision before 2020: IMAGENET1K_V1 in its old shell'
@@ -68,7 +68,7 @@ TORCHVISION_SOURCES = (
     _of_old_torchvision('resnet101', '5d3b4d8f'),
 )
 
-# %% ../nbs/43_sources.ipynb #be67cc45
+# %% ../nbs/43_sources.ipynb #e67cc45a
 _ADEMXAPP = (
     'itijyou/ademxapp on GitHub, model A1. Where its links are dead: those in YudeWang/SEAM, '
     'in usr922/wseg, or in PengtaoJiang/L2G, issues 16 and 32')
@@ -85,7 +85,7 @@ RESNET38_SOURCES = (
         'visinf/1-stage-wseg on GitHub, in its README: the same, converted', 'Apache-2.0', 402),
 )
 
-# %% ../nbs/43_sources.ipynb #3515ba12
+# %% ../nbs/43_sources.ipynb #515ba128
 _WSEG = 'usr922/wseg on GitHub, Model Zoo, '
 _SEAM = "ImageNet-1k, then VOC's tags: SEAM"
 _EPS = "ImageNet-1k, then VOC's tags and saliency: EPS"
@@ -131,7 +131,7 @@ def hashes_of(
             bar.update(len(chunk))
     return {name: h.hexdigest() for name, h in found.items()}
 
-# %% ../nbs/43_sources.ipynb #8d0a10cb
+# %% ../nbs/43_sources.ipynb #d0a10cb3
 def verify(
     path: Path | str,  # file that exists
     source: WeightSource | None = None,  # that has its name, if any
@@ -165,7 +165,7 @@ class Start(NamedTuple):
             return torchvision_weights(self.backbone, self.weights) is not None
         return self.weights == 'hub' and self.backbone not in ('tiny', 'resnet38')
 
-# %% ../nbs/43_sources.ipynb #af7580d5
+# %% ../nbs/43_sources.ipynb #f7580d5f
 def required_starts(
     config: Config,  # of a run
 ) -> list[Start]:  # one for each of its networks
@@ -196,21 +196,21 @@ def known_source(
     names = {path.name, conversion_record(path).get('source')} - {'', None}
     return next((s for s in WEIGHT_SOURCES if s.file in names), None)
 
-# %% ../nbs/43_sources.ipynb #28f1adae
+# %% ../nbs/43_sources.ipynb #c28f1ada
 def timm_source(name: str) -> WeightSource:
     "What timm says about the weights of one of its networks. Raises `DataError`."
     cfg = _timm_entry(name)
     where = f'timm, {cfg.hf_hub_id or cfg.url}'
     return WeightSource('', name, f'timm: {cfg.tag}', where, cfg.license or '', served='hub')
 
-# %% ../nbs/43_sources.ipynb #2fd92132
+# %% ../nbs/43_sources.ipynb #b2fd9213
 def _timm_entry(name):
     found = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if not found:
         raise DataError(f'timm publishes no weights for {name!r}: see timm.list_pretrained().')
     return found
 
-# %% ../nbs/43_sources.ipynb #f1256c56
+# %% ../nbs/43_sources.ipynb #1256c56f
 def conversion_record(
     path: Path | str,  # any path
 ) -> dict[str, str]:  # network, source and sha256, from `convert`; empty for other files
@@ -238,7 +238,7 @@ def file_of(
     cfg = _timm_entry(start.backbone)
     return _cached(cfg.hf_hub_id) if cfg.hf_hub_id else cache/Path(cfg.url).name
 
-# %% ../nbs/43_sources.ipynb #6c2ad461
+# %% ../nbs/43_sources.ipynb #56c2ad46
 def _cached(repository):  # of Hugging Face
     for name in ('model.safetensors', 'pytorch_model.bin'):
         found = huggingface_hub.try_to_load_from_cache(repository, name)
@@ -262,13 +262,13 @@ def check_start(
     _build(start)
     return f'there, {words}, tensors fit'
 
-# %% ../nbs/43_sources.ipynb #d3584c6f
+# %% ../nbs/43_sources.ipynb #ad3584c6
 def _build(start):
     with torch.device('meta'), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*meta parameter')  # loading into meta keeps no contents
         build_backbone(start.backbone, start.output_stride, start.weights)
 
-# %% ../nbs/43_sources.ipynb #4cf27a45
+# %% ../nbs/43_sources.ipynb #54cf27a4
 def _missing(start, path, source):
     if start.served:
         known, file = f'{start.weights} of {start.backbone}', source.file or start.backbone
@@ -309,7 +309,7 @@ def weights_table(
             rows.append(row | checked[start])
     return pd.DataFrame(rows)
 
-# %% ../nbs/43_sources.ipynb #73b0be4c
+# %% ../nbs/43_sources.ipynb #3b0be4cc
 def _readiness(start):
     if not start.weights:
         return dict(learned='nothing', ready=True, remark='random')
@@ -333,7 +333,7 @@ def fetch(
             _build(start)
     return check_start(start)
 
-# %% ../nbs/43_sources.ipynb #50f3e7e6
+# %% ../nbs/43_sources.ipynb #0f3e7e65
 def start_for(name: str) -> Start:
     "The start for a known file or a backbone. Raises `DataError` for a name that is neither."
     for s in WEIGHT_SOURCES:
