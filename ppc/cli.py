@@ -31,7 +31,8 @@ from .parameters import Config
 from .pipeline import device_name, trained_segmenter
 from .pipeline import run as run_pipeline
 from .planning import dry_run
-from .predicting import load_model, predict_images, read_names
+from .predicting import load_model, read_names
+from .predicting import predict as predict_images
 from .report import report_page
 from .saliency import link_saliency, make_saliency, saliency_source
 from .scenes import make_scenes

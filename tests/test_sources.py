@@ -1,8 +1,9 @@
-"Where networks begin: the right file, in the right place, for the right network; and nothing fetched behind one's back."
+"Where networks begin: the right file, in the right place, for the network; no silent download."
 import hashlib
 from dataclasses import replace
 from pathlib import Path
 import pytest
+import timm
 import torch
 import yaml
 from hypothesis import given
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_backbones import SMALL, as_released, camnet, mxnet_names, randomise, write_params
 from torchvision import models
-from ppc import sources
+from ppc import methods, sources, work
 from ppc.backbones import ResNet, ResNet38, Timm
 from ppc.data import DataError
+from ppc.methods import find_method
+from ppc.parameters import Config
 from ppc.sources import (
     WEIGHT_SOURCES,
     Start,
@@ -38,23 +41,41 @@ weights: weights/ilsvrc-cls_rna-a1_cls1000_ep-0001.params
 refine: psa
 '''
 EPS = SEAM.replace('psa', 'crf') + 'seg_backbone: resnet101\nseg_weights: IMAGENET1K_V1\n'
-OWN = 'backbone: resnet50\nweights: hub\noutput_stride: 16\nrefine: irn\nrefine_backbone: mobilenetv2_100\nsegmenter: none\n'
+OWN = '''
+backbone: resnet50
+weights: hub
+output_stride: 16
+refine: irn
+refine_backbone: mobilenetv2_100
+segmenter: none
+'''
 PARAMS = 'ilsvrc-cls_rna-a1_cls1000_ep-0001.params'
+DOWNLOADERS = (
+    'torchvision.models._api.load_state_dict_from_url', 'torch.hub.download_url_to_file',
+    'timm.models.load_pretrained')
+
+
+def config_of(text):
+    "The parameters of a run from the text of its YAML file."
+    found = yaml.safe_load(text) or {}
+    return Config.from_flat(**{k: v for k, v in found.items() if k not in ('out', 'methods')})
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch, tmp_path):
-    "Caches of its own, and no way out."
+def offline(monkeypatch, tmp_path):
+    "Empty caches, and no connection."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hf'))
-    def offline(*a, **kw): raise OSError('no route')
-    for name in ('torchvision.models._api.load_state_dict_from_url', 'torch.hub.download_url_to_file', 'timm.models.load_pretrained', 'urllib.request.urlopen'):
-        monkeypatch.setattr(name, offline)
+    def refuse(*a, **kw):
+        raise OSError('no route')
+    for name in (*DOWNLOADERS, 'urllib.request.urlopen'):
+        monkeypatch.setattr(name, refuse)
 
 
 @pytest.fixture(scope='module')
-def small(): return randomise(ResNet38(shrink=SMALL)).eval()
+def small():
+    return randomise(ResNet38(shrink=SMALL)).eval()
 
 
 @pytest.fixture(scope='module')
@@ -67,17 +88,20 @@ def full():
 def known(monkeypatch, **changes):
     "Change what is known of one file."
     s = next(s for s in WEIGHT_SOURCES if s.file == changes['file'])
-    monkeypatch.setattr(sources, 'WEIGHT_SOURCES', tuple(replace(x, **changes) if x is s else x for x in WEIGHT_SOURCES))
+    changed = tuple(replace(x, **changes) if x is s else x for x in WEIGHT_SOURCES)
+    monkeypatch.setattr(sources, 'WEIGHT_SOURCES', changed)
 
 
-# --- the list ------------------------------------------------------------------------------------------------------------
+# --- the list -------------------------------------------------------------------------------------
 
 def test_what_is_known_is_well_formed():
     files = [s.file for s in WEIGHT_SOURCES if s.file]
     assert len(set(files)) == len(files) and len(sources_table()) == len(WEIGHT_SOURCES)
     for s in WEIGHT_SOURCES:
-        assert len(s.sha256) in (0, 8, 64) and len(s.md5) in (0, 32) and not set(s.sha256 + s.md5) - set('0123456789abcdef')
-        assert s.backbone in ('resnet38', 'resnet50', 'resnet101') and s.learned and s.where and not s.file.startswith('/')
+        assert len(s.sha256) in (0, 8, 64) and len(s.md5) in (0, 32)
+        assert not set(s.sha256 + s.md5) - set('0123456789abcdef')
+        assert s.backbone in ('resnet38', 'resnet50', 'resnet101') and s.learned and s.where
+        assert not s.file.startswith('/')
         if len(s.sha256) == 8:
             assert s.file == f'{s.backbone}-{s.sha256}.pth'
 
@@ -93,16 +117,18 @@ def test_torchvisions_files_are_those_that_the_networks_ask_for(name, monkeypatc
     for served in ('hub', 'IMAGENET1K_V1'):
         with torch.device('meta'):
             ResNet(name, 16, served)
-    assert asked == [next(s.file for s in WEIGHT_SOURCES if (s.backbone, s.served) == (name, served)) for served in ('hub', 'IMAGENET1K_V1')]
+    files = {(s.backbone, s.served): s.file for s in WEIGHT_SOURCES if s.served}
+    assert asked == [files[name, 'hub'], files[name, 'IMAGENET1K_V1']]
 
 
-# --- the right file ------------------------------------------------------------------------------------------------------
+# --- the right file -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('size', [0, 1, 2**20 - 1, 2**20, 2**21 + 5])
 def test_hashes(size, tmp_path):
     data = bytes(i*i % 251 for i in range(1000))*(size//1000 + 1)
     (tmp_path/'f').write_bytes(data[:size])
-    assert hashes_of(tmp_path/'f') == {'sha256': hashlib.sha256(data[:size]).hexdigest(), 'md5': hashlib.md5(data[:size]).hexdigest()}
+    want = {kind: hashlib.new(kind, data[:size]).hexdigest() for kind in ('sha256', 'md5')}
+    assert hashes_of(tmp_path/'f') == want
 
 
 def test_big_files_show_a_bar(tmp_path, monkeypatch, capfd):
@@ -115,7 +141,7 @@ def test_big_files_show_a_bar(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize('kind', ['sha256', 'md5'])
-def test_a_hash_fits_wholly_or_not(kind, tmp_path):
+def test_every_known_digit_of_a_hash_counts(kind, tmp_path):
     path = tmp_path/PARAMS
     path.write_bytes(b'weights')
     true = hashlib.new(kind, b'weights').hexdigest()
@@ -135,56 +161,73 @@ def test_a_hash_belongs_to_a_name(tmp_path):
     verify(path)
 
 
-# --- what a run needs ----------------------------------------------------------------------------------------------------
+# --- what a run needs -----------------------------------------------------------------------------
 
 def test_needed():
     params = f'weights/{PARAMS}'
-    assert required_starts(yaml.safe_load(SEAM)) == [Start(n, 'resnet38', params, 8) for n in ('CAMs', 'affinities', 'segmenter')]
-    assert required_starts(yaml.safe_load(EPS)) == [Start('CAMs', 'resnet38', params, 8), Start('segmenter', 'resnet101', 'IMAGENET1K_V1', 8)]
-    assert required_starts(yaml.safe_load(OWN)) == [Start('CAMs', 'resnet50', 'hub', 16), Start('affinities', 'mobilenetv2_100', '', 16)]
-    assert required_starts({}) == [Start('CAMs', 'tiny', '', 8), Start('segmenter', 'tiny', '', 8)]
+    def starts(text):
+        return required_starts(config_of(text))
+    everything = 'CAMs', 'affinities', 'segmenter'
+    assert starts(SEAM) == [Start(n, 'resnet38', params, 8) for n in everything]
+    assert starts(EPS) == [
+        Start('CAMs', 'resnet38', params, 8), Start('segmenter', 'resnet101', 'IMAGENET1K_V1', 8)]
+    assert starts(OWN) == [
+        Start('CAMs', 'resnet50', 'hub', 16), Start('affinities', 'mobilenetv2_100', '', 16)]
+    assert starts('') == [Start('CAMs', 'tiny', '', 8), Start('segmenter', 'tiny', '', 8)]
     with pytest.raises(ValueError, match='did you mean'):
-        required_starts({'backbon': 'tiny'})
+        starts('backbon: tiny')
 
 
-@given(st.fixed_dictionaries({}, optional=dict(
-    weights=st.sampled_from(['', 'a.pth']), refine=st.sampled_from(['none', 'crf', 'psa', 'irn']), segmenter=st.sampled_from(['none', 'aspp', 'largefov']),
-    refine_backbone=st.sampled_from(['', 'tiny', 'resnet50']), refine_weights=st.sampled_from(['', 'b.pth']),
-    seg_backbone=st.sampled_from(['', 'tiny', 'resnet101']), seg_weights=st.sampled_from(['', 'c.pth']))))
+PARAMETERS = st.fixed_dictionaries({}, optional=dict(
+    weights=st.sampled_from(['', 'a.pth']),
+    output_stride=st.sampled_from([8, 16]),
+    refine=st.sampled_from(['none', 'crf', 'psa', 'irn']),
+    refine_backbone=st.sampled_from(['', 'tiny', 'resnet50']),
+    refine_weights=st.sampled_from(['', 'b.pth']),
+    segmenter=st.sampled_from(['none', 'aspp', 'largefov']),
+    seg_backbone=st.sampled_from(['', 'tiny', 'resnet101']),
+    seg_weights=st.sampled_from(['', 'c.pth'])))
+
+@given(PARAMETERS)
 def test_a_run_builds_what_is_needed(parameters):
-    "The same (backbone, weights) that the stages hand to `make_backbone`."
-    import ppc.stages as stages
-    from ppc.parameters import CamTraining, Refinement, Segmentation, settings
-    parts, built = settings(**parameters), []
-    c, r, g = parts[CamTraining], parts[Refinement], parts[Segmentation]
+    "The same (backbone, weights, output stride) that the stages hand to `build_backbone`."
+    config, built = Config.from_flat(**parameters), []
+    def spy(name, output_stride, weights):
+        built.append((name, weights, output_stride))
     with pytest.MonkeyPatch.context() as m:
-        for name in ('Tiny', 'ResNet38', 'ResNet', 'Timm', 'CamNet', 'AffinityNet', 'IRNet', 'deeplab'):
-            m.setattr(stages, name, lambda *a, **kw: None)
-        def spy(c, name='', weights='', pretrained=None): built.append((name or c.backbone, weights if name else c.weights))
-        m.setattr(stages, 'make_backbone', spy)
-        stages.make_backbone(c)
-        options = stages.affinity_options(r)
-        if options:
-            stages.make_affinity_net(c, r, options)
-        if g.segmenter != 'none':
-            stages.make_segmenter(c, g, 7, stages.segmentation_recipe(g))
-    assert [s[1:3] for s in required_starts(parameters)] == built
+        m.setattr(methods, 'build_backbone', spy)
+        m.setattr(methods, 'CamNet', lambda *a, **kw: None)
+        for name in ('AffinityNet', 'IRNet', 'deeplab'):
+            m.setattr(work, name, lambda *a, **kw: None)
+        methods.make_camnet(config, 7, find_method('cam'))
+        if work.affinity_options(config):
+            work.make_affinity_net(config)
+        if config.segment.segmenter != 'none':
+            work.make_segmenter(config, 7)
+    assert [s[1:] for s in required_starts(config)] == built
 
 
 def test_the_table_says_what_is_missing(monkeypatch):
-    looked = []
+    checked = []
     real = sources.check_start
-    monkeypatch.setattr(sources, 'check_start', lambda s: looked.append(s) or real(s))
-    t = weights_table({'seam': yaml.safe_load(SEAM), 'eps': yaml.safe_load(EPS), 'own': yaml.safe_load(OWN)})
-    assert t[['run', 'network']].values.tolist() == [['seam', 'CAMs'], ['seam', 'affinities'], ['seam', 'segmenter'], ['eps', 'CAMs'], ['eps', 'segmenter'],
-                                                     ['own', 'CAMs'], ['own', 'affinities']]
-    assert t.ready.tolist() == [False]*6 + [True] and len(looked) == 3
+    def spy(start):
+        checked.append(start)
+        return real(start)
+    monkeypatch.setattr(sources, 'check_start', spy)
+    t = weights_table({'seam': config_of(SEAM), 'eps': config_of(EPS), 'own': config_of(OWN)})
+    assert t[['run', 'network']].values.tolist() == [
+        ['seam', 'CAMs'], ['seam', 'affinities'], ['seam', 'segmenter'],
+        ['eps', 'CAMs'], ['eps', 'segmenter'],
+        ['own', 'CAMs'], ['own', 'affinities']]
+    assert t.ready.tolist() == [False]*6 + [True] and len(checked) == 3
     assert 'ademxapp' in t.remark[0] and f'weights/{PARAMS} is missing' in t.remark[0]
-    assert 'fetch resnet101-63fe2227.pth' in t.remark[4] and 'fetch resnet50-11ad3fa6.pth' in t.remark[5] and t.remark[6] == 'random'
-    assert t.learned.tolist()[-3:] == ['ImageNet-1k (IMAGENET1K_V1)', 'ImageNet-1k (IMAGENET1K_V2)', 'nothing']
+    assert 'fetch resnet101-63fe2227.pth' in t.remark[4]
+    assert 'fetch resnet50-11ad3fa6.pth' in t.remark[5] and t.remark[6] == 'random'
+    assert t.learned.tolist()[-3:] == [
+        'ImageNet-1k (IMAGENET1K_V1)', 'ImageNet-1k (IMAGENET1K_V2)', 'nothing']
 
 
-# --- ready? --------------------------------------------------------------------------------------------------------------
+# --- ready? ---------------------------------------------------------------------------------------
 
 def test_missing_files():
     with pytest.raises(DataError, match='runs/x.pth is missing: give the path'):
@@ -202,8 +245,11 @@ def test_missing_files():
 def test_a_file_of_another_network_names_the_first_tensor(small, tmp_path):
     path = tmp_path/'w.safetensors'
     save_file(small.state_dict(), path)
-    for backbone, words in {'resnet38': r'conv1a\.weight as \(4, 3, 3, 3\), this network needs \(64, 3, 3, 3\)', 'resnet50': r'lacks the tensor conv1\.weight',
-                            'mobilenetv2_100': r'lacks the tensor conv_stem\.weight'}.items():
+    shapes = r'conv1a\.weight as \(4, 3, 3, 3\), this network needs \(64, 3, 3, 3\)'
+    for backbone, words in {
+            'resnet38': shapes,
+            'resnet50': r'lacks the tensor conv1\.weight',
+            'mobilenetv2_100': r'lacks the tensor conv_stem\.weight'}.items():
         with pytest.raises(DataError, match=rf'w\.safetensors .*{words}'):
             check_start(Start('CAMs', backbone, str(path)))
     path.write_bytes(b'no tensors')
@@ -212,41 +258,50 @@ def test_a_file_of_another_network_names_the_first_tensor(small, tmp_path):
             check_start(Start('CAMs', backbone, str(path)))
 
 
-def test_a_file_that_fits_is_told_and_nothing_is_allocated(tmp_path, monkeypatch, recwarn):
-    import timm
+def test_a_file_that_fits_and_nothing_is_allocated(tmp_path, monkeypatch, recwarn):
     torch.save(timm.create_model('resnet18').state_dict(), tmp_path/'w.pth')
-    built = []
-    real = sources.make_backbone
-    monkeypatch.setattr(sources, 'make_backbone', lambda c: built.append(real(c)) or built[-1])
-    assert check_start(Start('CAMs', 'resnet18', str(tmp_path/'w.pth'), 8)) == 'there, SHA-256 not known, tensors fit'
-    assert isinstance(built[0], Timm) and all(p.is_meta for p in built[0].parameters()) and not [w for w in recwarn if 'meta' in str(w.message)]
+    built, real = [], sources.build_backbone
+    def spy(*args):
+        built.append(real(*args))
+        return built[-1]
+    monkeypatch.setattr(sources, 'build_backbone', spy)
+    start = Start('CAMs', 'resnet18', str(tmp_path/'w.pth'), 8)
+    assert check_start(start) == 'there, SHA-256 not known, tensors fit'
+    assert isinstance(built[0], Timm) and all(p.is_meta for p in built[0].parameters())
+    assert not [w for w in recwarn if 'meta' in str(w.message)]
     torch.save(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path/'vit.pth')
     with pytest.raises(ValueError, match='has output stride 16, asked for is 8'):
         check_start(Start('CAMs', 'vit_tiny_patch16_224', str(tmp_path/'vit.pth'), 8))
 
 
 def test_the_real_resnet38_and_one_that_is_nearly(full, tmp_path, monkeypatch):
-    "Shapes alone: 436 MB are not for a test. The file is there, its arrays are read from a list."
+    "Shapes alone: 436 MB are too much for a test. The file is there, its arrays are in a list."
     arrays = mxnet_names(full)
     (tmp_path/'weights').mkdir()
     (tmp_path/'weights'/PARAMS).write_bytes(b'MXNet')
     hashes = {k: hashlib.new(k, b'MXNet').hexdigest() for k in ('sha256', 'md5')}
     monkeypatch.setattr('ppc.backbones.read_mxnet', lambda path: dict(arrays))
-    start = required_starts(yaml.safe_load(SEAM))[0]
-    with pytest.raises(DataError, match=f'has the sha256 {hashes["sha256"]}, it should have f668a2add80e33dfa8f1a0695df91f6d8cfad5ffbb26d1dc7bcd35903a1f6e16'):
+    start = required_starts(config_of(SEAM))[0]
+    right = 'f668a2add80e33dfa8f1a0695df91f6d8cfad5ffbb26d1dc7bcd35903a1f6e16'
+    words = f'has the sha256 {hashes["sha256"]}, it should have {right}'
+    with pytest.raises(DataError, match=words):
         check_start(start)
     known(monkeypatch, file=PARAMS, **hashes)
     assert check_start(start) == 'there, SHA-256 fits, tensors fit'
     arrays['arg:res5a_branch2b1_weight'] = torch.empty(1, device='meta')
-    with pytest.raises(DataError, match=rf'{PARAMS} has b5\.conv_branch2b1\.weight as \(1,\), this network needs \(1024, 512, 3, 3\)'):
+    shapes = r'as \(1,\), this network needs \(1024, 512, 3, 3\)'
+    with pytest.raises(DataError, match=rf'{PARAMS} has b5\.conv_branch2b1\.weight {shapes}'):
         check_start(start)
-    table = weights_table({'seam': yaml.safe_load(SEAM)})
-    assert not table.ready.any() and table.remark.str.contains('b5.conv_branch2b1').all() and (table.learned == 'ImageNet-1k').all()
+    table = weights_table({'seam': config_of(SEAM)})
+    assert not table.ready.any() and table.remark.str.contains('b5.conv_branch2b1').all()
+    assert (table.learned == 'ImageNet-1k').all()
 
 
 def test_the_size_on_record(full):
     "Of MXNet's oldest format, array by array."
-    arrays = mxnet_names(full) | {'arg:linear1000_weight': torch.empty(1000, 4096, device='meta'), 'arg:linear1000_bias': torch.empty(1000, device='meta')}
+    arrays = mxnet_names(full) | {
+        'arg:linear1000_weight': torch.empty(1000, 4096, device='meta'),
+        'arg:linear1000_bias': torch.empty(1000, device='meta')}
     size = 3*8 + 8
     for name, t in arrays.items():
         n = 1
@@ -256,7 +311,7 @@ def test_the_size_on_record(full):
     assert size == 436_873_620 and round(size/2**20, 2) == WEIGHT_SOURCES[0].mib
 
 
-# --- fetching ------------------------------------------------------------------------------------------------------------
+# --- fetching -------------------------------------------------------------------------------------
 
 def downloader(content, asked, state):
     "torchvision's, without a network: the file goes where torch.hub would have put it."
@@ -270,47 +325,57 @@ def downloader(content, asked, state):
     return get
 
 
-@pytest.mark.parametrize('file, served', [('resnet50-11ad3fa6.pth', 'hub'), ('resnet50-0676ba61.pth', 'IMAGENET1K_V1')])
+@pytest.mark.parametrize('file, served', [
+    ('resnet50-11ad3fa6.pth', 'hub'), ('resnet50-0676ba61.pth', 'IMAGENET1K_V1')])
 def test_torchvisions_weights_are_fetched_once_and_checked(file, served, monkeypatch):
     with torch.device('meta'):
         state = models.resnet50().state_dict()
     asked, start = [], start_for(file)
     assert start == Start('', 'resnet50', served)
-    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', downloader(b'fetched', asked, state))
-    sha = hashlib.sha256(b'fetched').hexdigest()
-    with pytest.raises(DataError, match=f'{file} has the sha256 {sha}, it should have {file[9:17]}'):
+    monkeypatch.setattr(DOWNLOADERS[0], downloader(b'fetched', asked, state))
+    sha, digits = hashlib.sha256(b'fetched').hexdigest(), file[9:17]
+    with pytest.raises(DataError, match=f'{file} has the sha256 {sha}, it should have {digits}'):
         fetch(start)
     known(monkeypatch, file=file, sha256=sha[:8])
     assert fetch(start) == check_start(start) == 'there, SHA-256 fits in its first 8 digits'
-    assert len(asked) == 1 and asked[0].endswith(file) and file_of(start).read_bytes() == b'fetched'
-    file_of(start).write_bytes(b'fetch')                                                           # half of it, found in the cache
+    assert len(asked) == 1 and asked[0].endswith(file)
+    assert file_of(start).read_bytes() == b'fetched'
+    file_of(start).write_bytes(b'fetch')  # half of it, found in the cache
     with pytest.raises(DataError, match='Delete it and fetch it again'):
         fetch(start)
 
 
 def test_timms_weights_are_fetched_by_timm(monkeypatch, tmp_path):
-    asked, start, revision = [], start_for('mobilenetv2_100'), tmp_path/'hf'/'models--timm--mobilenetv2_100.ra_in1k'/'snapshots'/'abc'
+    asked, start = [], start_for('mobilenetv2_100')
+    repository = tmp_path/'hf'/'models--timm--mobilenetv2_100.ra_in1k'
+    revision = repository/'snapshots'/'abc'
     def get(net):
         asked.append(net.pretrained_cfg['hf_hub_id'])
-        revision.mkdir(parents=True), (revision.parents[1]/'refs').mkdir()                         # as Hugging Face's cache is laid out
-        (revision.parents[1]/'refs'/'main').write_text('abc'), (revision/'model.safetensors').write_bytes(b'x')
+        revision.mkdir(parents=True)  # as Hugging Face's cache is laid out
+        (repository/'refs').mkdir()
+        (repository/'refs'/'main').write_text('abc')
+        (revision/'model.safetensors').write_bytes(b'x')
     monkeypatch.setattr('timm.models.load_pretrained', get)
     assert start == Start('', 'mobilenetv2_100', 'hub') and file_of(start) is None
-    assert fetch(start) == fetch(start) == 'there, SHA-256 not known' and asked == ['timm/mobilenetv2_100.ra_in1k']
+    assert fetch(start) == fetch(start) == 'there, SHA-256 not known'
+    assert asked == ['timm/mobilenetv2_100.ra_in1k']
     assert file_of(start) == revision/'model.safetensors'
-    assert known_source(start).learned == 'timm: ra_in1k' and known_source(start).licence == 'apache-2.0'
+    source = known_source(start)
+    assert source.learned == 'timm: ra_in1k' and source.licence == 'apache-2.0'
 
 
 @pytest.mark.parametrize('name', ['resnet50', 'resnet101-63fe2227.pth', 'mobilenetv2_100'])
-def test_without_a_network_it_is_said(name):
+def test_without_a_connection_the_error_says_so(name):
     with pytest.raises(DataError, match=r'could not be fetched \(no route\): connect'):
         fetch(start_for(name))
 
 
-@pytest.mark.parametrize('name', ['resnet38', PARAMS, 'resnet38_SEAM.pth', 'resnet101-5d3b4d8f.pth'])
+@pytest.mark.parametrize('name', [
+    'resnet38', PARAMS, 'resnet38_SEAM.pth', 'resnet101-5d3b4d8f.pth'])
 def test_nothing_else_is_fetched(name, monkeypatch):
-    def never(*a, **kw): raise AssertionError('a download')
-    for target in ('torchvision.models._api.load_state_dict_from_url', 'torch.hub.download_url_to_file', 'timm.models.load_pretrained'):
+    def never(*a, **kw):
+        raise AssertionError('a download')
+    for target in DOWNLOADERS:
         monkeypatch.setattr(target, never)
     with pytest.raises(DataError, match=r'weights/\S+ is missing\. Get it from'):
         fetch(start_for(name))
@@ -322,21 +387,22 @@ def test_unknown_names(name):
         start_for(name)
 
 
-# --- converting ----------------------------------------------------------------------------------------------------------
+# --- converting -----------------------------------------------------------------------------------
 
 def test_params_convert_to_the_same_network(small, tmp_path):
+    original, made = tmp_path/'r38.params', tmp_path/'out'/'r38.safetensors'
     head = {'arg:linear1000_weight': torch.randn(1000, 8), 'arg:linear1000_bias': torch.randn(1000)}
-    write_params(tmp_path/'r38.params', mxnet_names(small.state_dict()) | head, 'legacy')
-    about = convert(tmp_path/'r38.params', tmp_path/'out'/'r38.safetensors', SMALL)
-    assert about == conversion_record(tmp_path/'out'/'r38.safetensors') == {
-        'network': 'resnet38', 'source': 'r38.params', 'sha256': hashlib.sha256((tmp_path/'r38.params').read_bytes()).hexdigest()}
+    write_params(original, mxnet_names(small.state_dict()) | head, 'legacy')
+    sha = hashlib.sha256(original.read_bytes()).hexdigest()
+    record = {'network': 'resnet38', 'source': 'r38.params', 'sha256': sha}
+    assert convert(original, made, SMALL) == conversion_record(made) == record
     want = {k: v for k, v in small.state_dict().items() if 'num_batches' not in k}
-    got = load_file(tmp_path/'out'/'r38.safetensors')
+    got = load_file(made)
     assert set(got) == set(want) and all(torch.equal(got[k], want[k]) for k in want)
     image = torch.randn(2, 3, 40, 32, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(ResNet38(tmp_path/'out'/'r38.safetensors', SMALL).eval()(image), small(image)):
+    for a, b in zip(ResNet38(made, SMALL).eval()(image), small(image)):
         assert torch.equal(a, b)
-    convert(tmp_path/'out'/'r38.safetensors', tmp_path/'again.safetensors', SMALL)                  # may be said of the new file too
+    convert(made, tmp_path/'again.safetensors', SMALL)  # the new file can be converted, too
     assert all(torch.equal(v, want[k]) for k, v in load_file(tmp_path/'again.safetensors').items())
 
 
@@ -346,23 +412,43 @@ def test_a_released_checkpoint_leaves_its_heads_behind(tmp_path):
     convert(tmp_path/'resnet38_SEAM.pth', tmp_path/'r38.safetensors', SMALL)
     ours = ResNet38(tmp_path/'r38.safetensors', SMALL).state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in net.backbone.state_dict().items())
-    assert "VOC's tags" in known_source(Start('CAMs', 'resnet38', str(tmp_path/'r38.safetensors'))).learned
+    start = Start('CAMs', 'resnet38', str(tmp_path/'r38.safetensors'))
+    assert "VOC's tags" in known_source(start).learned
 
 
-def test_a_converted_file_remembers_the_hash(small, full, tmp_path, monkeypatch):
+def test_a_converted_file_remembers_the_hash(tmp_path, monkeypatch):
     path = tmp_path/'r38.safetensors'
-    monkeypatch.setattr(sources, '_build', lambda start: None)                                      # tensors are not the question here
-    for sha, words in ((WEIGHT_SOURCES[0].sha256, 'made from .*params, whose SHA-256 fits, tensors fit'), ('0'*64, 'was made from another .*params: with the sha256 000')):
-        save_file({'a': torch.ones(1)}, path, dict(network='resnet38', source=PARAMS, sha256=sha))
-        table = weights_table({'r': dict(backbone='resnet38', weights=str(path), segmenter='none')})
-        assert table.remark.str.contains(words).all() and table.ready.all() == (sha != '0'*64) and table.learned[0] == 'ImageNet-1k'
+    monkeypatch.setattr(sources, '_build', lambda start: None)  # tensors are not the question here
+    config = Config.from_flat(backbone='resnet38', weights=str(path), segmenter='none')
+    for sha, words in (
+            (WEIGHT_SOURCES[0].sha256, 'made from .*params, whose SHA-256 fits, tensors fit'),
+            ('0'*64, 'was made from another .*params: with the sha256 000')):
+        record = dict(network='resnet38', source=PARAMS, sha256=sha)
+        save_file({'a': torch.ones(1)}, path, record)
+        table = weights_table({'r': config})
+        assert table.remark.str.contains(words).all() and table.ready.all() == (sha != '0'*64)
+        assert table.learned[0] == 'ImageNet-1k'
+
+
+def lose_an_array(arrays):
+    arrays.pop('arg:res3b2_branch2a_weight')
+
+def reshape_an_array(arrays):
+    arrays['aux:bn7_moving_var'] = torch.ones(3)
+
+def add_an_array(arrays):
+    arrays['arg:res9a_branch2a_weight'] = torch.ones(3)
+
+def add_a_strange_array(arrays):
+    arrays['arg:fc6_weight'] = torch.ones(3)
 
 
 @pytest.mark.parametrize('spoil, words', [
-    (lambda a: a.pop('arg:res3b2_branch2a_weight'), r'r38\.params lacks the tensor b3_2\.conv_branch2a\.weight'),
-    (lambda a: a.update({'aux:bn7_moving_var': torch.ones(3)}), r'r38\.params has bn7\.running_var as \(3,\), this network needs \(256,\)'),
-    (lambda a: a.update({'arg:res9a_branch2a_weight': torch.ones(3)}), r'r38\.params has the tensor b9\.conv_branch2a\.weight, which this network lacks'),
-    (lambda a: a.update({'arg:fc6_weight': torch.ones(3)}), "'arg:fc6_weight' is no array of ResNet38")])
+    (lose_an_array, r'r38\.params lacks the tensor b3_2\.conv_branch2a\.weight'),
+    (reshape_an_array, r'r38\.params has bn7\.running_var as \(3,\), this network needs \(256,\)'),
+    (add_an_array,
+     r'r38\.params has the tensor b9\.conv_branch2a\.weight, which this network lacks'),
+    (add_a_strange_array, "'arg:fc6_weight' is no array of ResNet38")])
 def test_what_does_not_fit_is_not_converted(small, spoil, words, tmp_path):
     arrays = mxnet_names(small.state_dict())
     spoil(arrays)
