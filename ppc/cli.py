@@ -27,7 +27,7 @@ from .coco import make_coco
 from .deeplab import export as export_network
 from .folders import folder_report, make_folder
 from .methods import DEFAULT_METHODS
-from .parameters import Config
+from .parameters import Config, modern
 from .pipeline import device_name, trained_segmenter
 from .pipeline import run as run_pipeline
 from .planning import dry_run
@@ -82,7 +82,7 @@ def execute(
                'stop with Ctrl-C, start again to continue.')
     metrics = run_pipeline(out, **parameters)
     typer.echo('Writing the notebook.')
-    given = dict(parameters, out=str(out))
+    given = dict(modern(parameters), out=str(out))
     quiet = dict(progress_bar=False, kernel_name='python3')
     papermill.execute_notebook(book, Path(out)/'run.ipynb', given, **quiet)
     return metrics
@@ -111,12 +111,16 @@ EXPECTED = ValueError, FileNotFoundError, FloatingPointError, ImportError, Stopp
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    "An error that the user can mend becomes a sentence; so does a warning."
-    def show(message, *about):
-        typer.echo(f'ppc: {message}', err=True)
+    "An error that the user can mend becomes a sentence; so does the warning of an old parameter."
     with warnings.catch_warnings():
-        warnings.filterwarnings('always', '.* is now ', UserWarning)
-        warnings.showwarning = show
+        show = warnings.showwarning
+
+        def show_renamed(message, *about, **more):
+            if ' is now ' in str(message):
+                typer.echo(f'ppc: {message}', err=True)
+            else:
+                show(message, *about, **more)
+        warnings.showwarning = show_renamed
         try:
             yield
         except EXPECTED as e:
