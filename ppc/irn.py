@@ -14,10 +14,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from .crf import crf, seed_mask, write_each
-from .data import TrainingViews, atomic, augmentation, normalise, read_image, write_mask
+from ppc.data import (
+    TagFolder,
+    TrainingViews,
+    atomic,
+    augmentation,
+    normalise,
+    read_image,
+    write_mask,
+)
 from .inference import group_by_size, read_cam
 from .training import fit, make_optimizer
 from .views import resize
@@ -26,59 +34,75 @@ from .walk import neighbours, random_walk
 # %% ../nbs/35_irn.ipynb #0bc17795
 @dataclass(frozen=True)
 class IrnOptions:
-    "The options of IRN. The defaults are the authors'. Raises `ValueError` for thresholds in the wrong order and a radius without neighbours."
-    fg: float = 0.30            # labels: of an object only what exceeds this, before the CRF
-    bg: float = 0.05            # labels: background only what does not even exceed this
-    crop: int = 512             # training: side of the views in pixels
-    scale: tuple = (0.5, 1.5)   # training: factor on an image's own size, from..to
-    epochs: int = 3             # training: how often each image is seen
-    batch_size: int = 32        # training: images per step
-    optimizer: str = 'SGD'      # training: any class of torch.optim
-    momentum: float = 1e-4      # training: of SGD; a slip, as in PSA: it is the weight decay's number, 0.9 was meant
-    lr: float = 0.1             # training: learning rate of the edges
+    """The options of IRN; the defaults are the authors'.
+
+    Raises `ValueError` for thresholds in the wrong order and for a radius without neighbours.
+    """
+    fg: float = 0.30  # labels: of an object only what exceeds this, before the CRF
+    bg: float = 0.05  # labels: background only what does not even exceed this
+    crop: int = 512  # training: side of the views in pixels
+    scale: tuple = (0.5, 1.5)  # training: factor on an image's own size, from..to
+    epochs: int = 3  # training: how often each image is seen
+    batch_size: int = 32  # training: images per step
+    optimizer: str = 'SGD'  # training: any class of torch.optim
+    momentum: float = 1e-4  # training: of SGD; the weight decay's number by a slip, 0.9 was meant
+    lr: float = 0.1  # training: learning rate of the edges
     lr_displacement: float = 1.0  # training: and of the displacements
     weight_decay: float = 1e-4  # training: of both
-    radius: int = 10            # training: pairs are nearer than this, in pixels at stride 4
-    walk_radius: int = 5        # masks: of a step of the walk, in pixels at stride 4
-    beta: float = 10            # masks: exponent of the affinities
-    t: int = 256                # masks: steps of the walk
-    background: float = 0.25    # masks: threshold of the background, after the walk
+    radius: int = 10  # training: pairs are nearer than this, in pixels at stride 4
+    walk_radius: int = 5  # masks: of a step of the walk, in pixels at stride 4
+    beta: float = 10  # masks: exponent of the affinities
+    t: int = 256  # masks: steps of the walk
+    background: float = 0.25  # masks: threshold of the background, after the walk
 
     def __post_init__(self):
         if not 0 <= self.bg <= self.fg:
-            raise ValueError(f'bg is {self.bg} and fg {self.fg}: 0 <= bg <= fg makes three kinds of pixels.')
+            raise ValueError(
+                f'bg is {self.bg} and fg {self.fg}: 0 <= bg <= fg makes three kinds of pixels.')
         if min(self.radius, self.walk_radius) < 2:
-            raise ValueError(f'radius is {self.radius} and walk_radius {self.walk_radius}: neighbours begin with 2.')
+            raise ValueError(f'radius is {self.radius} and walk_radius {self.walk_radius}: '
+                             'neighbours begin with 2.')
 
+# %% ../nbs/35_irn.ipynb #663fd590
 IRN_AUTHORS = IrnOptions()
-IRN_SMALL = IrnOptions(fg=.45, bg=.2, crop=128, scale=(1., 1.25), epochs=1, batch_size=8, optimizer='Adam', lr=1e-2, lr_displacement=1e-2, radius=5, t=16, background=.35)
-IRN_PRESETS = {'small': IRN_SMALL, 'irn': IRN_AUTHORS, 'recam': replace(IRN_AUTHORS, fg=.35, bg=.10)}
+IRN_SMALL = IrnOptions(
+    fg=.45, bg=.2, crop=128, scale=(1., 1.25), epochs=1, batch_size=8, optimizer='Adam',
+    lr=1e-2, lr_displacement=1e-2, radius=5, t=16, background=.35)
+IRN_PRESETS = {
+    'small': IRN_SMALL, 'irn': IRN_AUTHORS, 'recam': replace(IRN_AUTHORS, fg=.35, bg=.10)}
 
 # %% ../nbs/35_irn.ipynb #e11efdea
 def irn_labels(
-    image,    # (H, W, 3) uint8
-    scores,   # (P, H, W) in 0..1
-    present,  # (P,) class numbers from 1
-    options=IRN_AUTHORS, # `IrnOptions`
-):            # (H, W) uint8: 0 = surely background, c = surely class c, 255 = unsure
-    "What two seeds with CRF agree on."
+    image: np.ndarray,  # (H, W, 3) uint8
+    scores: np.ndarray,  # (P, H, W) in 0..1
+    present: np.ndarray,  # (P,) class numbers from 1
+    options: IrnOptions = IRN_AUTHORS,
+) -> np.ndarray:  # (H, W) uint8: 0 = surely background, c = surely class c, 255 = unsure
+    "Label the pixels on which two seeds agree after the CRF."
     numbers = np.arange(len(present) + 1)
-    high, low = (crf(image, seed_mask(scores, numbers[1:], t), len(numbers)) for t in (options.fg, options.bg))
-    return np.where(high > 0, np.append(0, present)[high], np.where(low > 0, 255, 0)).astype(np.uint8)
+    seeds = (seed_mask(scores, numbers[1:], t) for t in (options.fg, options.bg))
+    high, low = (crf(image, seed, len(numbers)) for seed in seeds)
+    objects = np.append(0, present)[high]
+    return np.where(high > 0, objects, np.where(low > 0, 255, 0)).astype(np.uint8)
 
 # %% ../nbs/35_irn.ipynb #1f12e2ca
 def write_irn_labels(
-    folder,      # `TagFolder`
-    cams,        # folder of CAM files
-    out,         # folder for <id>.png
-    options=IRN_AUTHORS, # `IrnOptions`
-    workers=2,   # processes
-    label='IRN labels', # in front of the progress bar
+    folder: TagFolder,
+    cams: Path | str,  # folder of CAM files
+    out: Path | str,  # folder for <id>.png
+    options: IrnOptions = IRN_AUTHORS,
+    workers: int = 2,  # processes
+    label: str = 'IRN labels',  # in front of the progress bar
 ):
-    "Write the labels of every image of a split; what is there already is skipped."
-    jobs = [(Path(out)/f'{i}.png', folder.files[i], Path(cams)/f'{i}.npz', options) for i in folder.ids]
+    """Write the labels of every image of a split; files that exist are skipped.
+
+    Raises `DataError` for a CAM of another size.
+    """
+    jobs = [(Path(out)/f'{i}.png', folder.files[i], Path(cams)/f'{i}.npz', options)
+            for i in folder.ids]
     write_each(_write_labels, jobs, workers, label)
 
+# %% ../nbs/35_irn.ipynb #1de0d5a4
 def _write_labels(job):
     out, file, cam, options = job
     image = np.asarray(read_image(file))
@@ -86,54 +110,70 @@ def _write_labels(job):
 
 # %% ../nbs/35_irn.ipynb #95047dab
 def line_paths(
-    radius, # of `neighbours`
-) -> list:  # for each neighbour the pixels (dy, dx) on the way to it
-    "The pixels between (0, 0) and each neighbour, both included: those of their rectangle less than 1 away from their line."
-    return [[(y, x) for y in range(dy + 1) for x in range(min(dx, 0), max(dx, 0) + 1) if (dy*x - dx*y)**2 < dy*dy + dx*dx]
-            for dy, dx in neighbours(radius).tolist()]
+    radius: int,  # of `neighbours`
+) -> list[list]:  # for each neighbour the pixels (dy, dx) on the way to it
+    """List the pixels between (0, 0) and each neighbour, both included.
+
+    These are the pixels of their rectangle that are less than 1 away from their line.
+    """
+    return [_line(dy, dx) for dy, dx in neighbours(radius).tolist()]
+
+def _line(dy, dx):  # from (0, 0) to (dy, dx), with dy >= 0
+    rectangle = [(y, x) for y in range(dy + 1) for x in range(min(dx, 0), max(dx, 0) + 1)]
+    return [(y, x) for y, x in rectangle if (dy*x - dx*y)**2 < dy*dy + dx*dx]
 
 # %% ../nbs/35_irn.ipynb #9c634224
 def _shifts(
-    x,       # (N, ..., h, w)
-    offsets, # pairs (dy, dx) with dy >= 0 and both < radius
+    x,  # (N, ..., h, w)
+    offsets,  # pairs (dy, dx) with dy >= 0 and both < radius
     radius,
-    outside, # value
-):           # list of (N, ..., h, w): x at (y + dy, x + dx)
+    outside,  # value beyond the edges
+):  # list of (N, ..., h, w): x at (y + dy, x + dx)
     (h, w), r = x.shape[-2:], radius - 1
     x = F.pad(x, (r, r, 0, r), value=outside)
     return [x[..., dy:dy + h, r + dx:r + dx + w] for dy, dx in offsets]
 
 # %% ../nbs/35_irn.ipynb #658fe937
 def edge_affinity(
-    edge,   # (N, h, w) in 0..1
-    radius, # of `neighbours`
-):          # (N, K, h, w): of each pixel with its k-th neighbour; 0 where that lies outside
-    "1 - the highest edge on the way from one to the other."
-    return 1 - torch.stack([torch.stack(_shifts(edge, way, radius, 1.)).amax(0) for way in line_paths(radius)], 1)
+    edge: Tensor,  # (N, h, w) in 0..1
+    radius: int,  # of `neighbours`
+) -> Tensor:  # (N, K, h, w): of each pixel with its k-th neighbour; 0 where that lies outside
+    "Compute 1 - the highest edge on the way from one pixel to the other."
+    highest = [torch.stack(_shifts(edge, way, radius, 1.)).amax(0) for way in line_paths(radius)]
+    return 1 - torch.stack(highest, 1)
 
 # %% ../nbs/35_irn.ipynb #9bc1f75d
 def upsample_aligned(
-    x,      # (N, C, h, w)
-    factor, # whole number
-    size,   # (height, width), at most factor times that of x
-):          # (N, C, *size)
-    "Bilinear, with x[..., i, j] at (factor·i, factor·j); behind its last row and column x goes on as it ends."
+    x: Tensor,  # (N, C, h, w)
+    factor: int,
+    size: tuple,  # (height, width), at most factor times that of x
+) -> Tensor:  # (N, C, *size)
+    """Enlarge bilinearly, with x[..., i, j] at (factor·i, factor·j).
+
+    Beyond its last row and column x is continued by their values.
+    """
     need = [-(-(n - 1)//factor) + 1 for n in size]
     x = F.pad(x, (0, need[1] - x.shape[-1], 0, need[0] - x.shape[-2]), mode='replicate')
     return resize(x, [factor*(n - 1) + 1 for n in need])[..., :size[0], :size[1]]
 
-# %% ../nbs/35_irn.ipynb #a64b3703
-def _squeeze(i, o, groups): return nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.GroupNorm(groups, o))
+# %% ../nbs/35_irn.ipynb #2e3d50cc
+def _squeeze(i, o, groups):
+    return nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.GroupNorm(groups, o))
 
+# %% ../nbs/35_irn.ipynb #a64b3703
 class IRNet(nn.Module):
-    "Edges and displacements on a frozen backbone: image (N, 3, H, W) -> logits (N, h, w) and (dy, dx) (N, 2, h, w), at stride 4."
+    """Edges and displacements on a frozen backbone, at stride 4.
+
+    Maps an image (N, 3, H, W) to logits (N, h, w) and to (dy, dx) (N, 2, h, w).
+    """
     def __init__(self,
-        backbone, # see `ppc.backbones`, frozen in place; all its `stages` where it has them, otherwise its three maps
+        backbone: nn.Module,  # frozen in place; read at its `stages`, or else at its three maps
     ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
-        self.strides, widths = zip(*((64//m.shape[-1], m.shape[1]) for m in self.stages(torch.zeros(1, 3, 64, 64))))
-        self.fine = self.strides.count(4)
+        maps = self.stages(torch.zeros(1, 3, 64, 64))
+        self.strides, widths = [64//m.shape[-1] for m in maps], [m.shape[1] for m in maps]
+        self.fine = self.strides.count(4)   # number of stages at stride 4
         self.edges = nn.ModuleList(_squeeze(i, 32, 4) for i in widths)
         self.edge = nn.Conv2d(32*len(widths), 1, 1)
         new = [64, 128][:self.fine] + [256]*(len(widths) - self.fine)
@@ -141,68 +181,92 @@ class IRNet(nn.Module):
         self.merge = _squeeze(sum(new[self.fine:]), 256, 16)
         self.mix = _squeeze(sum(new[:self.fine]) + 256, 256, 16)
         self.move = nn.Conv2d(256, 2, 1, bias=False)
-        self.register_buffer('mean', torch.zeros(2))   # of all displacements, see `centre_displacement`
+        self.register_buffer('mean', torch.zeros(2))   # see `centre_displacement`
 
-    def stages(self, image):
-        with torch.no_grad():
-            return getattr(self.backbone, 'stages', self.backbone)(image)
+    @torch.no_grad()
+    def stages(self, image: Tensor) -> list[Tensor]:
+        "The backbone's maps, the finest first."
+        return getattr(self.backbone, 'stages', self.backbone)(image)
 
-    def forward(self, image):
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         maps, size = self.stages(image), [-(-n//4) for n in image.shape[-2:]]
-        edges = [F.relu(upsample_aligned(f(m), s//4, size)) for f, m, s in zip(self.edges, maps, self.strides)]
-        return self.edge(torch.cat(edges, 1))[:, 0], self._displacement(maps, size)
+        return _edge_logits(self, maps, size), _displacement(self, maps, size)
 
-    def _displacement(self, maps, size):
-        first = self.strides[self.fine]
-        grid = [f(m) for f, m in zip(self.moves, maps)]
-        coarse = [F.relu(upsample_aligned(m, s//first, grid[self.fine].shape[-2:])) for m, s in zip(grid[self.fine:], self.strides[self.fine:])]
-        merged = F.relu(upsample_aligned(self.merge(torch.cat(coarse, 1)), first//4, size))
-        joined = torch.cat([*map(F.relu, grid[:self.fine]), merged], 1)
-        return self.move(F.relu(self.mix(joined))) - self.mean[:, None, None]
-
-    def train(self, mode=True):
+    def train(self, mode: bool = True):
+        "The branches learn; the backbone always stays in eval mode."
         super().train(mode)
         self.backbone.eval()
         return self
 
+# %% ../nbs/35_irn.ipynb #200a3cca
+def _edge_logits(net, maps, size):  # (N, *size)
+    squeezed = [f(m) for f, m in zip(net.edges, maps)]
+    edges = [F.relu(upsample_aligned(m, s//4, size)) for m, s in zip(squeezed, net.strides)]
+    return net.edge(torch.cat(edges, 1))[:, 0]
+
+def _displacement(net, maps, size):  # (N, 2, *size)
+    squeezed = [f(m) for f, m in zip(net.moves, maps)]
+    fine, coarse = squeezed[:net.fine], squeezed[net.fine:]
+    stride, shape = net.strides[net.fine], coarse[0].shape[-2:]
+    coarse = [F.relu(upsample_aligned(m, s//stride, shape))
+              for m, s in zip(coarse, net.strides[net.fine:])]
+    merged = F.relu(upsample_aligned(net.merge(torch.cat(coarse, 1)), stride//4, size))
+    joined = torch.cat([*map(F.relu, fine), merged], 1)
+    return net.move(F.relu(net.mix(joined))) - net.mean[:, None, None]
+
 # %% ../nbs/35_irn.ipynb #335d3ce2
+def irn_losses(
+    edge: Tensor,  # (N, h, w) logits
+    displacement: Tensor,  # (N, 2, h, w)
+    mask: Tensor,  # (N, H, W) labels at the image's size, 255 = unsure
+    radius: int = 10,  # of pairs
+) -> dict[str, Tensor]:  # scalars, to be summed: bg, fg, apart, move_bg, move_fg
+    "Compute the authors' terms over all pairs of labelled pixels, weights included."
+    wide = torch.promote_types(edge.dtype, torch.float32)
+    bg, fg, differ = _pair_kinds(mask[:, ::4, ::4], radius)
+    a = edge_affinity(edge.to(wide).sigmoid(), radius)
+    alike, apart = -torch.log(a + 1e-5), -torch.log(1 + 1e-5 - a)
+    delta, error = _pair_displacements(displacement.to(wide), radius)
+    return {'bg': _mean(alike, bg)/4, 'fg': _mean(alike, fg)/4, 'apart': _mean(apart, differ)/2,
+            'move_bg': _mean(delta, bg)/2, 'move_fg': _mean(error, fg)/2}
+
+# %% ../nbs/35_irn.ipynb #fd00c5e1
 def _mean(x, chosen): return torch.where(chosen, x, 0).sum()/chosen.sum().clamp(min=1)
 
-def irn_losses(
-    edge,         # (N, h, w) logits
-    displacement, # (N, 2, h, w)
-    mask,         # (N, H, W) labels at the image's size, 255 = unsure
-    radius=10,    # of pairs
-):                # dict of scalars, to be summed: bg, fg, apart, move_bg, move_fg
-    "The authors' terms over all pairs of labelled pixels, weights included."
-    offsets, wide = neighbours(radius).to(edge.device), torch.promote_types(edge.dtype, torch.float32)
-    edge, displacement, here = edge.to(wide), displacement.to(wide), mask[:, None, ::4, ::4]
-    shifted = lambda x, outside, dim: torch.stack(_shifts(x, offsets.tolist(), radius, outside), dim)
-    there = shifted(here[:, 0], 255, 1)
+def _at_neighbours(x, radius, outside, dim):  # the neighbours' values, stacked along `dim`
+    return torch.stack(_shifts(x, neighbours(radius).tolist(), radius, outside), dim)
+
+def _pair_kinds(y, radius):
+    "Pairs of labels (N, h, w): both background, both one class, different; (N, K, h, w) bool."
+    here, there = y[:, None], _at_neighbours(y, radius, 255, 1)
     known, same = (here != 255) & (there != 255), here == there
-    bg, fg = known & same & (here == 0), known & same & (here > 0)
-    a, delta = edge_affinity(edge.sigmoid(), radius), displacement[:, :, None] - shifted(displacement, 0., 2)
-    alike, far = -torch.log(a + 1e-5), (delta - offsets.T[:, :, None, None]).abs()
-    return {'bg': _mean(alike, bg)/4, 'fg': _mean(alike, fg)/4, 'apart': _mean(-torch.log(1 + 1e-5 - a), known & ~same)/2,
-            'move_bg': _mean(delta.abs().mean(1), bg)/2, 'move_fg': _mean(far.mean(1), fg)/2}
+    return known & same & (here == 0), known & same & (here > 0), known & ~same
+
+def _pair_displacements(displacement, radius):
+    "Mean |δ| and mean |δ - (j - i)| of each pair, (N, K, h, w)."
+    delta = displacement[:, :, None] - _at_neighbours(displacement, radius, 0., 2)
+    offsets = neighbours(radius).to(delta.device).T[:, :, None, None]
+    return delta.abs().mean(1), (delta - offsets).abs().mean(1)
 
 # %% ../nbs/35_irn.ipynb #fcdcb842
 def irn_parameters(
-    model,           # `IRNet`
-    options=IRN_AUTHORS, # `IrnOptions`
-):                   # for any class of torch.optim
-    "Two groups: the edge branch, and the displacement branch at its own rate."
+    model: IRNet,
+    options: IrnOptions = IRN_AUTHORS,
+) -> list[dict]:  # for any class of torch.optim
+    "Make two groups: the edge branch, and the displacement branch with its own rate."
     edges = [*model.edges.parameters(), *model.edge.parameters()]
-    moves = [p for m in (model.moves, model.merge, model.mix, model.move) for p in m.parameters()]
-    return [dict(params=p, lr=lr, weight_decay=options.weight_decay) for p, lr in ((edges, options.lr), (moves, options.lr_displacement))]
+    moving = model.moves, model.merge, model.mix, model.move
+    moves = [p for m in moving for p in m.parameters()]
+    rates = (edges, options.lr), (moves, options.lr_displacement)
+    return [dict(params=p, lr=lr, weight_decay=options.weight_decay) for p, lr in rates]
 
 # %% ../nbs/35_irn.ipynb #d04e3dc7
 @torch.no_grad()
 def centre_displacement(
-    model,        # trained `IRNet`
-    folder,       # `TagFolder`
-    batch_size=8, # images of one size
-    label='mean displacement', # in front of the progress bar
+    model: IRNet,  # trained
+    folder: TagFolder,
+    batch_size: int = 8,  # images of one size
+    label: str = 'mean displacement',  # in front of the progress bar
 ):
     "Store the mean displacement over all images, each at its own size, in `model.mean`."
     model.eval()
@@ -216,32 +280,43 @@ def centre_displacement(
 
 # %% ../nbs/35_irn.ipynb #f5bba7f7
 def train_irn(
-    model,   # `IRNet`
-    folder,  # `TagFolder`
-    labels,  # folder of `write_irn_labels`
-    out,     # folder for what `fit` writes
-    options=IRN_AUTHORS, # `IrnOptions`
-    seed=0,  # of everything that is random
-    **how,   # for `fit`: workers, precision, device, label, log_every
-):           # seconds
-    "Train by the options and centre the displacements; continues where an earlier call left off. Raises what `fit` raises."
-    o = options
-    optimizer = make_optimizer(o.optimizer, irn_parameters(model, o), o.momentum)
-    views = TrainingViews(folder, augmentation(o.scale, o.crop, (0, 0, 0, 0), relative=True), seed, masks=labels)   # colours are left alone
-    losses = lambda model, batch: irn_losses(*model(batch['image']), batch['mask'], o.radius)
-    seconds = fit(model, losses, views, optimizer, out, o.epochs, o.batch_size, seed, **how)
+    model: IRNet,
+    folder: TagFolder,
+    labels: Path | str,  # folder of `write_irn_labels`
+    out: Path | str,  # folder for the files that `fit` writes
+    options: IrnOptions = IRN_AUTHORS,
+    seed: int = 0,  # of all random numbers
+    **fit_options,  # for `fit`: workers, precision, device, label, log_every
+) -> float:  # seconds
+    """Train by the options and centre the displacements.
+
+    Continues where an earlier call stopped. Raises what `fit` raises.
+    """
+    optimizer = make_optimizer(
+        options.optimizer, irn_parameters(model, options), options.momentum)
+    no_jitter = 0, 0, 0, 0   # the authors leave colours as they are
+    transform = augmentation(options.scale, options.crop, no_jitter, relative=True)
+    views = TrainingViews(folder, transform, seed, masks=labels)
+    def losses(model, batch):
+        return irn_losses(*model(batch['image']), batch['mask'], options.radius)
+    size = options.epochs, options.batch_size
+    seconds = fit(model, losses, views, optimizer, out, *size, seed, **fit_options)
     centre_displacement(model, folder)
-    with atomic(Path(out)/'weights.safetensors') as part:
-        save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, part)
+    _save(model, Path(out)/'weights.safetensors')
     return seconds
+
+# %% ../nbs/35_irn.ipynb #dfb18648
+def _save(model, path):
+    with atomic(path) as part:
+        save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, part)
 
 # %% ../nbs/35_irn.ipynb #5c61afaf
 @torch.no_grad()
 def edge_map(
-    model, # `IRNet` in eval mode
-    image, # (3, H, W) normalised
-):         # (h, w) in 0..1, at stride 4
-    "Edges at the image's own size, the mean of the logits over image and mirror image."
+    model: IRNet,  # in eval mode
+    image: Tensor,  # (3, H, W) normalised
+) -> Tensor:  # (h, w) in 0..1, at stride 4
+    "Compute edges at the image's size, from the mean logits of image and mirror image."
     H, W = image.shape[1:]
     image = F.pad(image, (0, (1 - W) % 4, 0, (1 - H) % 4))
     plain, mirrored = model(torch.stack([image, image.flip(-1)]))[0].float()
@@ -249,33 +324,43 @@ def edge_map(
 
 # %% ../nbs/35_irn.ipynb #c176d1d8
 def walk_cam(
-    scores, # (P, H, W) in 0..1, on the device of edge
-    edge,   # (h, w) in 0..1, at stride 4
-    options=IRN_AUTHORS, # `IrnOptions`
-):          # (P, H, W) in 0..1
-    "A CAM after the walk that edges hold back."
+    scores: Tensor,  # (P, H, W) in 0..1, on the device of edge
+    edge: Tensor,  # (h, w) in 0..1, at stride 4
+    options: IrnOptions = IRN_AUTHORS,
+) -> Tensor:  # (P, H, W) in 0..1
+    "Spread a CAM by a random walk that edges hold back."
     if not len(scores):
         return scores
-    affinity = edge_affinity(edge[None], options.walk_radius)[0]
-    cam = random_walk(scores[:, ::4, ::4]*(1 - edge), affinity, options.walk_radius, options.beta, options.t)
+    radius = options.walk_radius
+    affinity = edge_affinity(edge[None], radius)[0]
+    cam = random_walk(scores[:, ::4, ::4]*(1 - edge), affinity, radius, options.beta, options.t)
     cam = upsample_aligned(cam[None], 4, scores.shape[1:])[0]
     return cam/cam.max().clamp(min=1e-5)
 
 # %% ../nbs/35_irn.ipynb #756d063d
 def write_irn_masks(
-    model,   # trained `IRNet`
-    folder,  # `TagFolder`
-    cams,    # folder of CAM files
-    out,     # folder for <id>.png
-    options=IRN_AUTHORS, # `IrnOptions`
-    label='IRN masks', # in front of the progress bar
+    model: IRNet,  # trained
+    folder: TagFolder,
+    cams: Path | str,  # folder of CAM files
+    out: Path | str,  # folder for <id>.png
+    options: IrnOptions = IRN_AUTHORS,
+    label: str = 'IRN masks',  # in front of the progress bar
 ):
-    "Write the pseudo mask of every image of a split; what is there already is skipped. Raises `DataError` for a CAM of another size."
-    device, out = next(model.parameters()).device, Path(out)
-    todo = [i for i in range(len(folder)) if not (out/f'{folder.ids[i]}.png').exists()]
+    """Write the pseudo mask of every image of a split; files that exist are skipped.
+
+    Raises `DataError` for a CAM of another size.
+    """
+    files = [Path(out)/f'{name}.png' for name in folder.ids]
+    todo = [i for i, file in enumerate(files) if not file.exists()]
     model.eval()
     for i in tqdm(todo, total=len(folder), initial=len(folder) - len(todo), desc=label):
-        image = folder.image(i)
-        scores, present = read_cam(Path(cams)/f'{folder.ids[i]}.npz', image.size[::-1])
-        scores = walk_cam(torch.from_numpy(scores).to(device), edge_map(model, normalise(image).to(device)), options)
-        write_mask(out/f'{folder.ids[i]}.png', seed_mask(scores.cpu().numpy(), present, options.background))
+        cam = Path(cams)/f'{folder.ids[i]}.npz'
+        write_mask(files[i], _irn_mask(model, folder.image(i), cam, options))
+
+# %% ../nbs/35_irn.ipynb #aab86677
+def _irn_mask(model, image, cam, options):  # PIL image, CAM file -> (H, W) uint8
+    device = next(model.parameters()).device
+    scores, present = read_cam(cam, image.size[::-1])
+    edge = edge_map(model, normalise(image).to(device))
+    walked = walk_cam(torch.from_numpy(scores).to(device), edge, options)
+    return seed_mask(walked.cpu().numpy(), present, options.background)

@@ -1,4 +1,7 @@
-"PSA against literal references: labels, affinities, loss with gradients, masks; every backbone, and little and bad input."
+"""PSA against literal references: labels, affinities, loss with gradients, masks.
+
+Every backbone, and little and bad input.
+"""
 import shutil
 from dataclasses import replace
 import numpy as np
@@ -21,10 +24,8 @@ from ppc.psa import (
     PsaOptions,
     affinity_labels,
     affinity_loss,
-    behind,
     majority_label,
     pair_affinity,
-    shift_to_neighbours,
     train_affinity,
     walked_mask,
     write_affinity_labels,
@@ -32,75 +33,109 @@ from ppc.psa import (
 )
 
 seeds = st.integers(0, 2**31)
-TINY = replace(PSA_AUTHORS, crop=64, optimizer='AdamW', lr=1e-3, epochs=1, batch_size=4, t=4)
+TINY = replace(
+    PSA_AUTHORS, crop=64, optimizer='AdamW', lr=1e-3, epochs=1, batch_size=4, t=4)
 
 
 def close(a, b): torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
 
 
-# --- what is sure ----------------------------------------------------------------------------------------------------------
+# --- affinity labels --------------------------------------------------------------------------
 
-def literal_behind(scores, rule, level):
+def literal_with_background(scores, rule, level):
     P, H, W = scores.shape
-    bg = [[(1 - max([scores[c, y, x] for c in range(P)], default=0))**level if rule == 'power' else level for x in range(W)] for y in range(H)]
-    return np.concatenate([np.array(bg).reshape(1, H, W), scores])
+    bg = np.zeros((1, H, W))
+    for y in range(H):
+        for x in range(W):
+            highest = max([scores[c, y, x] for c in range(P)], default=0)
+            bg[0, y, x] = (1 - highest)**level if rule == 'power' else level
+    return np.concatenate([bg, scores])
 
 
 def best(full, names): return np.array(names)[full.argmax(0)]   # numpy: the first of equals
 
 
+def unchanged_labels(image, labels, classes, pairwise):
+    "Stands in for `crf`."
+    return labels if classes == 7 else None
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(6, 40), seeds)
+@given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 6),
+       st.integers(6, 40), seeds)
 def test_labels_are_the_literal_ones(P, H, W, low, high, seed):
-    "With a CRF that does nothing: class under the low exponent, background under the high one, the rest unsure; all background without a tag."
-    rng = np.random.default_rng(seed)
-    scores, present, image = rng.random((P, H, W))*rng.random((P, 1, 1)), np.sort(rng.permutation(6)[:P] + 1), np.zeros((H, W, 3), np.uint8)
-    lo, hi = (best(literal_behind(scores, 'power', a), [0, *present]) for a in (low, high))
-    want = np.where(hi == 0, 0, np.where(lo == 0, 255, lo)) if P else np.zeros((H, W))
+    """With a CRF that does nothing.
+
+    Class under the low exponent, background under the high one, the rest unsure; all background
+    without a tag.
+    """
+    rng, image = np.random.default_rng(seed), np.zeros((H, W, 3), np.uint8)
+    scores = rng.random((P, H, W))*rng.random((P, 1, 1))
+    present = np.sort(rng.permutation(6)[:P] + 1)
+    under_low, under_high = (best(literal_with_background(scores, 'power', a), [0, *present])
+                             for a in (low, high))
+    want = np.zeros((H, W))
+    if P:
+        want = np.where(under_high == 0, 0, np.where(under_low == 0, 255, under_low))
     with pytest.MonkeyPatch.context() as m:
         m.setattr('ppc.crf.crf_scores', lambda image, scores, pairwise: scores)
-        m.setattr(psa, 'crf', lambda image, labels, classes, pairwise: labels if classes == 7 else None)
+        m.setattr(psa, 'crf', unchanged_labels)
         for unary in ('soft', 'hard'):
-            got = affinity_labels(image, scores, present, 7, PsaOptions(unary=unary, low=low, high=high))
+            options = PsaOptions(unary=unary, low=low, high=high)
+            got = affinity_labels(image, scores, present, 7, options)
             assert got.dtype == np.uint8 and (got == want).all()
 
 
 def test_labels_with_the_crf():
-    "A bright disc on dark ground, scores high in its middle and low outside: disc and ground are sure, all three ways."
+    """A bright disc on dark ground, scores high in its middle and low outside.
+
+    Disc and ground are sure, under every preset.
+    """
     y, x = np.mgrid[:48, :64]
     d = np.hypot(y - 24, x - 32)
     image = np.where((d < 16)[..., None], (220, 160, 60), (30, 60, 90)).astype(np.uint8)
+    scores = (1 - d/22).clip(0, 1)[None].astype(np.float32)
     for o in PSA_PRESETS.values():
-        got = affinity_labels(image, (1 - d/22).clip(0, 1)[None].astype(np.float32), np.array([3]), 7, o)
+        got = affinity_labels(image, scores, np.array([3]), 7, o)
         assert set(np.unique(got)) <= {0, 3, 255}
         assert (got[d < 10] == 3).all() and (got[d > 24] == 0).all()
 
 
-def test_labels_of_little():
+def test_labels_of_empty_and_full_channels():
     grey, none = np.full((5, 4, 3), 90, np.uint8), np.zeros((1, 5, 4), np.float32)
     for o in PSA_PRESETS.values():
-        assert (affinity_labels(grey, none[:0], [], 7, o) == 0).all()           # no tag
-        assert (affinity_labels(grey, none, [2], 7, o) == 0).all()              # an empty channel
-        assert (affinity_labels(grey, none + 1, [2], 7, o) == 2).all()          # a full one
+        assert (affinity_labels(grey, none[:0], [], 7, o) == 0).all()    # no tag
+        assert (affinity_labels(grey, none, [2], 7, o) == 0).all()       # an empty channel
+        assert (affinity_labels(grey, none + 1, [2], 7, o) == 2).all()   # a full one
         assert affinity_labels(grey[:1, :1], none[:, :1, :1] + 1, [2], 7, o).tolist() == [[2]]
-        assert (affinity_labels(grey, np.concatenate([none, none + 1]), [2, 5], 7, o) == 5).all()
+        both = np.concatenate([none, none + 1])
+        assert (affinity_labels(grey, both, [2, 5], 7, o) == 5).all()
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(unary='soft?'), 'unary'), (dict(background='rest'), 'background'), (dict(low=9, high=8), 'low is 9'), (dict(radius=1), 'radius')])
-def test_options_that_cannot_be(wrong, words):
+    (dict(unary='soft?'), 'unary'),
+    (dict(background='rest'), 'background'),
+    (dict(low=9, high=8), 'low is 9'),
+    (dict(radius=1), 'radius'),
+])
+def test_impossible_options_raise(wrong, words):
     with pytest.raises(ValueError, match=words):
         PsaOptions(**wrong)
 
 
 def test_recipes_are_those_of_the_facts():
-    assert (PSA_AUTHORS.high, PSA_AUTHORS.level, PSA_AUTHORS.t, PSA_AUTHORS.lr) == (32, 16, 256, .1) and (PSA_SEAM.high, PSA_SEAM.level, PSA_SEAM.t, PSA_SEAM.lr) == (24, 6, 64, .01)
-    assert (PSA_OFFICIAL.unary, PSA_OFFICIAL.background, PSA_OFFICIAL.level, PSA_OFFICIAL.t, PSA_OFFICIAL.lr) == ('hard', 'constant', .27, 64, .01)
+    o = PSA_AUTHORS
+    assert (o.high, o.level, o.t, o.lr) == (32, 16, 256, .1)
+    o = PSA_SEAM
+    assert (o.high, o.level, o.t, o.lr) == (24, 6, 64, .01)
+    o = PSA_OFFICIAL
+    assert (o.unary, o.background, o.level, o.t, o.lr) == ('hard', 'constant', .27, 64, .01)
     for o in (PSA_AUTHORS, PSA_SEAM, PSA_OFFICIAL):
-        assert (o.low, o.radius, o.beta, o.epochs, o.batch_size, o.crop, o.weight_decay) == (4, 5, 8, 8, 8, 448, 5e-4)
+        assert (o.low, o.radius, o.beta) == (4, 5, 8)
+        assert (o.epochs, o.batch_size, o.crop, o.weight_decay) == (8, 8, 448, 5e-4)
 
 
-# --- labels on the grid, affinities, loss --------------------------------------------------------------------------------------
+# --- labels on the grid, affinities, loss -----------------------------------------------------
 
 def literal_majority(mask, h, w):
     N, H, W = mask.shape
@@ -116,15 +151,17 @@ def literal_majority(mask, h, w):
     return out
 
 
-def some_mask(*size): return torch.tensor([0, 0, 1, 4, 255], dtype=torch.uint8)[torch.randint(0, 5, size)]
+def random_mask(*size):
+    "Background, two classes and unsure pixels."
+    return torch.tensor([0, 0, 1, 4, 255], dtype=torch.uint8)[torch.randint(0, 5, size)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans(), seeds)
-def test_majority_is_the_literal_one(H, W, stride, two, seed):
+def test_majority_is_the_literal_one(H, W, stride, two_values, seed):
     torch.manual_seed(seed)
-    mask, size = some_mask(2, H, W), (-(-H//stride), -(-W//stride))
-    if two:
+    mask, size = random_mask(2, H, W), (-(-H//stride), -(-W//stride))
+    if two_values:
         mask = mask.clamp(max=1)*3   # majorities are rare among many values
     assert torch.equal(majority_label(mask, size), literal_majority(mask, *size))
 
@@ -132,47 +169,60 @@ def test_majority_is_the_literal_one(H, W, stride, two, seed):
 def literal_affinity(f, radius):
     "Pairs (n, k, y, x) that lie inside -> exp(-mean |f_i - f_j|)."
     N, D, h, w = f.shape
-    return {(n, k, y, x): torch.exp(-sum((f[n, d, y, x] - f[n, d, y + dy, x + dx]).abs() for d in range(D))/D)
-            for k, (dy, dx) in enumerate(literal_neighbours(radius)) for n in range(N)
-            for y in range(h) for x in range(w) if y + dy < h and 0 <= x + dx < w}
+    pairs = {}
+    for k, (dy, dx) in enumerate(literal_neighbours(radius)):
+        for n in range(N):
+            for y in range(h):
+                for x in range(w):
+                    if y + dy < h and 0 <= x + dx < w:
+                        distances = [(f[n, d, y, x] - f[n, d, y + dy, x + dx]).abs()
+                                     for d in range(D)]
+                        pairs[n, k, y, x] = torch.exp(-sum(distances)/D)
+    return pairs
 
 
 def literal_loss(f, labels, radius):
     "Each kind of pair has its own mean."
     kinds, offsets = {'bg': [], 'fg': [], 'neg': []}, literal_neighbours(radius)
     for (n, k, y, x), a in literal_affinity(f, radius).items():
-        p, q = labels[n, y, x].item(), labels[n, y + offsets[k][0], x + offsets[k][1]].item()
-        if 255 in (p, q):
+        dy, dx = offsets[k]
+        here, there = labels[n, y, x].item(), labels[n, y + dy, x + dx].item()
+        if 255 in (here, there):
             continue
-        if p != q:
+        if here != there:
             kinds['neg'].append(-torch.log(1 + 1e-5 - a))
         else:
-            kinds['fg' if p else 'bg'].append(-torch.log(a + 1e-5))
-    return {k: weight*(sum(kinds[k]) + f.sum()*0)/(len(kinds[k]) + 1e-5) for k, weight in (('bg', 1/4), ('fg', 1/4), ('neg', 1/2))}
+            kinds['fg' if here else 'bg'].append(-torch.log(a + 1e-5))
+    weights = {'bg': 1/4, 'fg': 1/4, 'neg': 1/2}
+    return {k: weight*(sum(kinds[k]) + f.sum()*0)/(len(kinds[k]) + 1e-5)
+            for k, weight in weights.items()}
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(2, 4), st.integers(1, 2), seeds)
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5),
+       st.integers(2, 4), st.integers(1, 2), seeds)
 def test_loss_is_the_literal_one(N, D, h, w, radius, stride, seed):
     "Value and gradient, on grids smaller than the radius too."
     torch.manual_seed(seed)
-    f, mask = torch.randn(N, D, h, w, dtype=torch.float64, requires_grad=True), some_mask(N, h*stride, w*stride)
+    f = torch.randn(N, D, h, w, dtype=torch.float64, requires_grad=True)
+    mask = random_mask(N, h*stride, w*stride)
     affinity = pair_affinity(f, radius)
     for at, a in literal_affinity(f, radius).items():
         close(affinity[at], a)
-    got, want = affinity_loss(affinity, mask, radius), literal_loss(f, literal_majority(mask, h, w), radius)
+    got = affinity_loss(affinity, mask, radius)
+    want = literal_loss(f, literal_majority(mask, h, w), radius)
     assert list(got) == list(want)
     for k in want:
         close(got[k], want[k])
-    g, l = (torch.autograd.grad(sum(x.values()), f, retain_graph=True)[0] for x in (got, want))
-    close(g, l)
+    close(*(torch.autograd.grad(sum(x.values()), f, retain_graph=True)[0] for x in (got, want)))
 
 
-def test_what_is_outside_or_unsure_takes_no_part():
+def test_pairs_outside_or_unsure_take_no_part():
     torch.manual_seed(0)
-    f, mask = torch.randn(1, 4, 6, 7), some_mask(1, 48, 56)
+    f, mask = torch.randn(1, 4, 6, 7), random_mask(1, 48, 56)
     mask[:, :24] = 255
-    want, affinity = affinity_loss(pair_affinity(f, 5), mask, 5), pair_affinity(f, 5)
+    affinity = pair_affinity(f, 5)
+    want = affinity_loss(affinity, mask, 5)
     for k, (dy, dx) in enumerate(literal_neighbours(5)):
         for y in range(6):
             for x in range(7):
@@ -193,84 +243,111 @@ def test_masks_of_one_value(value, kinds):
 
 
 def test_equal_features_are_finite():
-    "|x| has no slope at 0, and log(1 - 1) is none: both are met when an image is padded with zeros."
+    "|x| has no slope at 0, and log(1 - 1) is infinite: an image padded with zeros meets both."
     f = torch.zeros(1, 4, 6, 6, requires_grad=True)
-    terms = affinity_loss(pair_affinity(f, 5), torch.tensor([0, 1], dtype=torch.uint8).repeat(1, 6, 3), 5)
-    assert all(v.isfinite() for v in terms.values()) and torch.autograd.grad(sum(terms.values()), f)[0].isfinite().all()
+    mask = torch.tensor([0, 1], dtype=torch.uint8).repeat(1, 6, 3)
+    terms = affinity_loss(pair_affinity(f, 5), mask, 5)
+    assert all(v.isfinite() for v in terms.values())
+    assert torch.autograd.grad(sum(terms.values()), f)[0].isfinite().all()
 
 
 def test_half_precision_tells_close_affinities_apart():
     f = torch.randn(1, 8, 6, 6)
-    torch.testing.assert_close(pair_affinity(f.bfloat16(), 5), pair_affinity(f.bfloat16().float(), 5))
+    rounded = f.bfloat16()
+    torch.testing.assert_close(pair_affinity(rounded, 5), pair_affinity(rounded.float(), 5))
     assert pair_affinity(f.half(), 5).dtype == torch.float32
 
 
-# --- the network -------------------------------------------------------------------------------------------------------------
+# --- the network ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('make', [
-    Tiny, lambda: ResNet38(shrink=16), ResNet, lambda: Timm('mobilenetv2_050', 16), lambda: Timm('vit_tiny_patch16_224', 16)],
-    ids=['tiny', 'resnet38', 'resnet50', 'mobilenetv2', 'vit'])
-def test_any_backbone_learns_along(make):
+BACKBONES = {
+    'tiny': Tiny,
+    'resnet38': lambda: ResNet38(shrink=16),
+    'resnet50': ResNet,
+    'mobilenetv2': lambda: Timm('mobilenetv2_050', 16),
+    'vit': lambda: Timm('vit_tiny_patch16_224', 16),
+}
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_any_backbone_is_trained_too(name):
     torch.manual_seed(0)
-    net = AffinityNet(make(), radius=3)
+    net = AffinityNet(BACKBONES[name](), radius=3)
     image = torch.randn(1, 3, 64, 96)
-    a, s = net(image), net.backbone.stride
-    assert a.shape == (1, len(literal_neighbours(3)), 64//s, 96//s) and 0 <= a.min() and a.max() <= 1
+    a, stride = net(image), net.backbone.stride
+    assert a.shape == (1, len(literal_neighbours(3)), 64//stride, 96//stride)
+    assert 0 <= a.min() and a.max() <= 1
     mask = torch.zeros(1, 64, 96, dtype=torch.uint8)
     mask[:, :, 48:] = 1
     sum(affinity_loss(a, mask, 3).values()).backward()
-    assert {n.split('.')[0] for n, p in net.named_parameters() if p.grad is not None and p.grad.any()} == {'backbone', 'reduce', 'mix'}
+    learning = [n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()]
+    assert {n.split('.')[0] for n in learning} == {'backbone', 'reduce', 'mix'}
 
 
 def test_widths_are_the_papers():
     with torch.device('meta'):
         net = AffinityNet(ResNet38())
-    assert [m.out_channels for m in net.reduce] == [64, 128, 256] and net.mix.weight.shape == (448, 448, 1, 1)
+    assert [m.out_channels for m in net.reduce] == [64, 128, 256]
+    assert net.mix.weight.shape == (448, 448, 1, 1)
     small = AffinityNet(Tiny())
     assert [m.out_channels for m in small.reduce] == [24, 36, 48]
 
 
-# --- masks -------------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------
 
-def literal_mask(scores, present, affinity, stride, o):
-    "Section 8: background, zeros up to a multiple of the stride, blocks, dense walk, bilinear, argmax."
-    P, H, W = scores.shape
-    h, w = affinity.shape[1:]
-    full = np.zeros((P + 1, h*stride, w*stride))
-    full[:, :H, :W] = literal_behind(scores, o.background, o.level)
-    grid = torch.from_numpy(full).view(P + 1, h, stride, w, stride).mean((2, 4))
-    walked, _ = literal_walk(grid, affinity, o.radius, o.beta, o.t)
-    up = np.zeros((P + 1, H, W))
+def literal_enlarged(x, stride, H, W):
+    "Bilinear from the grid (C, h, w) to (C, H, W), pixel by pixel; corners not aligned."
+    C, h, w = x.shape
+    up = np.zeros((C, H, W))
     for y in range(H):
-        for x in range(W):
-            v, u = (min(max((p + .5)/stride - .5, 0), n - 1) for p, n in ((y, h), (x, w)))
+        for z in range(W):
+            v, u = (min(max((p + .5)/stride - .5, 0), n - 1) for p, n in ((y, h), (z, w)))
             i, j = int(v), int(u)
             for q, dy in ((min(i + 1, h - 1), v - i), (i, 1 - v + i)):
                 for r, dx in ((min(j + 1, w - 1), u - j), (j, 1 - u + j)):
-                    up[:, y, x] += dy*dx*walked[:, q, r].numpy()
+                    up[:, y, z] += dy*dx*x[:, q, r]
+    return up
+
+
+def literal_mask(scores, present, affinity, stride, o):
+    "Section 8: background, zero padding to the stride, blocks, dense walk, bilinear, argmax."
+    P, H, W = scores.shape
+    h, w = affinity.shape[1:]
+    full = np.zeros((P + 1, h*stride, w*stride))
+    full[:, :H, :W] = literal_with_background(scores, o.background, o.level)
+    grid = torch.from_numpy(full).view(P + 1, h, stride, w, stride).mean((2, 4))
+    walked, _ = literal_walk(grid, affinity, o.radius, o.beta, o.t)
+    up = literal_enlarged(walked.numpy(), stride, H, W)
     return best(up, [0, *present]), up
 
 
-@pytest.mark.parametrize('o', [replace(o, t=5) for o in PSA_PRESETS.values()], ids=list(PSA_PRESETS))
+@pytest.mark.parametrize('preset', PSA_PRESETS)
 @pytest.mark.parametrize('H, W', [(16, 24), (13, 18), (3, 5), (1, 1)])
-def test_masks_are_the_literal_ones(H, W, o):
+def test_masks_are_the_literal_ones(H, W, preset):
     torch.manual_seed(H)
+    o = replace(PSA_PRESETS[preset], t=5)
     for P in (1, 3):
         scores, present = .6*np.random.default_rng(P).random((P, H, W)), np.array([2, 3, 6])[:P]
         affinity = torch.rand(34, -(-H//4), -(-W//4), dtype=torch.float64)
-        got, (want, up) = walked_mask(scores, present, affinity, 4, o), literal_mask(scores, present, affinity, 4, o)
-        alike = np.sort(up, 0)[-1] - np.sort(up, 0)[-2] < 1e-9   # of two such classes either may win
-        assert got.dtype == np.uint8 and got.shape == (H, W) and ((got == want) | alike).all() and alike.mean() < .5
+        got = walked_mask(scores, present, affinity, 4, o)
+        want, up = literal_mask(scores, present, affinity, 4, o)
+        second, first = np.sort(up, 0)[-2:]
+        tied = first - second < 1e-9   # of two such classes either may win
+        assert got.dtype == np.uint8 and got.shape == (H, W)
+        assert ((got == want) | tied).all() and tied.mean() < .5
 
 
-def test_masks_of_little():
-    affinity = torch.rand(34, 2, 3)
+def test_masks_of_empty_and_full_channels():
+    affinity, empty = torch.rand(34, 2, 3), np.zeros((1, 11, 20), np.float32)
     for o in PSA_PRESETS.values():
-        assert (walked_mask(np.zeros((0, 11, 20), np.float32), np.zeros(0, np.uint8), affinity, 8, o) == 0).all()     # no tag: all background
-        assert (walked_mask(np.zeros((1, 11, 20), np.float32), [4], affinity, 8, o) == 0).all()                       # an empty channel
-        assert (walked_mask(np.ones((1, 11, 20), np.float32), [4], affinity, 8, o) == 4).all()
+        untagged = walked_mask(empty[:0], np.zeros(0, np.uint8), affinity, 8, o)
+        assert untagged.dtype == np.uint8 and untagged.shape == (11, 20)
+        assert (untagged == 0).all()
+        assert (walked_mask(empty, [4], affinity, 8, o) == 0).all()
+        assert (walked_mask(empty + 1, [4], affinity, 8, o) == 4).all()
+    full, o = np.ones((1, 16, 24), np.float32), replace(PSA_AUTHORS, radius=3)
     with pytest.raises(ValueError, match='for radius 3'):
-        walked_mask(np.ones((1, 16, 24), np.float32), [4], affinity, 8, replace(PSA_AUTHORS, radius=3))
+        walked_mask(full, [4], affinity, 8, o)
 
 
 @pytest.fixture
@@ -279,29 +356,40 @@ def odd(mine):
     shutil.rmtree(mine/'SegmentationClass')
     rows = (mine/'tags.csv').read_text().splitlines()
     ids = (mine/'ImageSets'/'train.txt').read_text().split()
-    rows = [r.split(',')[0] + ',' if r.split(',')[0].split('.')[0] == ids[1] else r for r in rows]
+    for n, row in enumerate(rows):
+        name, _ = row.split(',')
+        if name.split('.')[0] == ids[1]:
+            rows[n] = f'{name},'
     (mine/'tags.csv').write_text('\n'.join(rows) + '\n')
     folder = TagFolder(mine)
     sizes = {0: (1, 1), 1: (30, 41), 2: (5, 100), 3: (67, 50), 4: (67, 50)}
     for i, (h, w) in sizes.items():
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (h, w, 3), np.uint8)).save(folder.files[ids[i]])
+        noise = np.random.default_rng(i).integers(0, 255, (h, w, 3), np.uint8)
+        Image.fromarray(noise).save(folder.files[ids[i]])
     for i, name in enumerate(folder.ids):
-        h, w = np.asarray(folder.image(i)).shape[:2]
-        present = folder.tags[i].nonzero()[:, 0].numpy() + 1
-        write_cam(mine/'cams'/f'{name}.npz', np.random.default_rng(i).random((len(present), h, w))*(i != 3), present)
+        present = classes_of(folder, i)
+        scores = np.random.default_rng(i).random((len(present), *image_size(folder, i)))
+        write_cam(mine/'cams'/f'{name}.npz', scores*(i != 3), present)
     return mine, folder
+
+
+def classes_of(folder, i): return folder.tags[i].nonzero()[:, 0].numpy() + 1
+
+
+def image_size(folder, i): return np.asarray(folder.image(i)).shape[:2]
 
 
 def files(path): return {f.name: f.read_bytes() for f in sorted(path.iterdir())}
 
 
-def test_all_of_it_from_tags_alone(odd):
-    "Labels, training, masks, with images of any size, smaller than the radius, not divisible by the stride; no mask of the dataset exists."
+def test_labels_training_and_masks_from_tags_alone(odd):
+    "Images of any size, smaller than the radius, not divisible by the stride; no masks on disk."
     root, folder = odd
     write_affinity_labels(folder, root/'cams', root/'labels')
     for i, name in enumerate(folder.ids):
         y = read_mask(root/'labels'/f'{name}.png')
-        assert y.shape == np.asarray(folder.image(i)).shape[:2] and set(np.unique(y)) <= {0, 255, *(folder.tags[i].nonzero()[:, 0].numpy() + 1)}
+        assert y.shape == image_size(folder, i)
+        assert set(np.unique(y)) <= {0, 255, *classes_of(folder, i)}
     torch.manual_seed(0)
     net = AffinityNet(Tiny())
     train_affinity(net, folder, root/'labels', root/'train', TINY, device='cpu')
@@ -310,11 +398,12 @@ def test_all_of_it_from_tags_alone(odd):
     assert len(files(root/'together')) == len(folder)
     for i, name in enumerate(folder.ids):
         y, z = (read_mask(root/d/f'{name}.png') for d in ('together', 'alone'))
-        assert y.shape == np.asarray(folder.image(i)).shape[:2] and set(np.unique(y)) <= {0, *(folder.tags[i].nonzero()[:, 0].numpy() + 1)}
+        assert y.shape == image_size(folder, i)
+        assert set(np.unique(y)) <= {0, *classes_of(folder, i)}
         assert (y == z).mean() > .99   # one image or several: rounding only
 
 
-def test_what_is_there_is_kept(odd):
+def test_files_that_exist_are_kept(odd):
     root, folder = odd
     net = AffinityNet(Tiny())
     def labels(out): write_affinity_labels(folder, root/'cams', out)
@@ -323,7 +412,8 @@ def test_what_is_there_is_kept(odd):
         write_mask(root/out/f'{folder.ids[2]}.png', np.full((2, 2), 9))
         write(root/out)
         first = files(root/out)
-        assert len(first) == len(folder) and (read_mask(root/out/f'{folder.ids[2]}.png') == 9).all()
+        assert len(first) == len(folder)
+        assert (read_mask(root/out/f'{folder.ids[2]}.png') == 9).all()
         (root/out/f'{folder.ids[5]}.png').unlink()
         write(root/out)
         assert files(root/out) == first
@@ -335,7 +425,8 @@ def test_a_cam_of_another_size_is_named(odd):
     def labels(): write_affinity_labels(folder, root/'cams', root/'labels')
     def masks(): write_psa_masks(AffinityNet(Tiny()), folder, root/'cams', root/'masks', TINY)
     for write in (labels, masks):
-        with pytest.raises(DataError, match=rf'{folder.ids[6]}.npz is 30x20 but its image is 128x128'):
+        words = rf'{folder.ids[6]}.npz is 30x20 but its image is 128x128'
+        with pytest.raises(DataError, match=words):
             write()
     (root/'cams'/f'{folder.ids[6]}.npz').unlink()
     with pytest.raises(DataError, match='is missing'):
@@ -350,14 +441,15 @@ def test_processes_write_the_same_labels(odd, monkeypatch):
     assert files(root/'one') == files(root/'two')
 
 
-def test_nothing_sure_teaches_nothing(odd):
+def test_masks_without_a_sure_pixel_change_no_weight(odd):
     "All masks 255: the loss is zero in every step, and training goes through."
     root, folder = odd
     for i, name in enumerate(folder.ids):
-        write_mask(root/'labels'/f'{name}.png', np.full(np.asarray(folder.image(i)).shape[:2], 255))
+        write_mask(root/'labels'/f'{name}.png', np.full(image_size(folder, i), 255))
     net = AffinityNet(Tiny())
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    train_affinity(net, folder, root/'labels', root/'train', replace(TINY, weight_decay=0.), device='cpu')
+    options = replace(TINY, weight_decay=0.)
+    train_affinity(net, folder, root/'labels', root/'train', options, device='cpu')
     for k, v in net.state_dict().items():
         assert torch.equal(v, before[k]), k
 
