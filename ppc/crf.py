@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CRF_IRN', 'CRF_PSA', 'CRF_SSC', 'CRF_DLP', 'CRF_PRESETS', 'MIN_PARALLEL', 'Pairwise', 'elevate', 'simplex',
            'corner_keys', 'Lattice', 'lattice', 'lattice_neighbours', 'lattice_blur', 'normalised_kernel',
-           'pixel_positions', 'mean_field', 'hard_unary', 'crf', 'crf_scores', 'seed_mask', 'crf_cam', 'write_each',
-           'write_masks']
+           'pixel_positions', 'mean_field', 'hard_unary', 'dense_crf', 'crf_scores', 'seed_mask', 'crf_cam',
+           'write_each', 'write_masks']
 
 # %% ../nbs/32_crf.ipynb #097b5397
 import math
@@ -269,7 +269,7 @@ def hard_unary(
     return -torch.where(own, confidence, (1 - confidence)/(classes - 1)).log()
 
 # %% ../nbs/32_crf.ipynb #9b57c086
-def crf(
+def dense_crf(
     image: ArrayLike,  # (H, W, 3) uint8; grey: (H, W) or (H, W, 1)
     labels: ArrayLike,  # (H, W) class numbers
     classes: int | None = None,  # how many labels there are in all; None: those that occur
@@ -400,7 +400,7 @@ def write_masks(
     workers: int = 2,  # processes
     label: str = 'masks',  # in front of the progress bar
     pairwise: Pairwise = CRF_IRN,
-    classes: int | None = None,  # as in `crf`
+    classes: int | None = None,  # as in `dense_crf`
     power: float = 0,  # 0: the CRF begins with the seeds; otherwise with the CAMs, see `crf_cam`
 ) -> None:
     """Write the pseudo mask of every image of a split; existing masks are kept.
@@ -422,5 +422,5 @@ def _write_mask(job):
     else:
         mask = seed_mask(scores, present, threshold)
         if use_crf:
-            mask = crf(image, mask, classes, pairwise=pairwise)
+            mask = dense_crf(image, mask, classes, pairwise=pairwise)
     write_mask(out, mask)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE_SSC', 'RECIPE_SSC_ASPP', 'RECIPE_DLP', 'RECIPE_R38', 'RECIPE_SMALL', 'RECIPES', 'LargeFOV', 'ASPP',
            'ConcatASPP', 'DeepLab', 'segmentation_loss', 'Recipe', 'deeplab', 'recipe_groups', 'train_deeplab',
-           'predict', 'write_predictions', 'voc_archive', 'check_archive', 'export']
+           'logits_to_mask', 'write_predictions', 'voc_archive', 'check_archive', 'export']
 
 # %% ../nbs/36_deeplab.ipynb #1e73ef7a
 import copy
@@ -314,7 +314,7 @@ def train_deeplab(
                **fit_options)
 
 # %% ../nbs/36_deeplab.ipynb #d7c79ca8
-def predict(
+def logits_to_mask(
     logits: Tensor,  # (classes, H, W)
     image: np.ndarray,  # (H, W, 3) uint8
     pairwise: Pairwise | None = None,  # of a CRF; None: no CRF
@@ -345,7 +345,7 @@ def write_predictions(
             images = [folder.image(n) for n in group]
             batch = torch.stack([normalise(image) for image in images]).to(device)
             for n, image, m in zip(group, images, multi_scale_maps(model, batch, scales)):
-                write_mask(files[n], predict(m, np.asarray(image), pairwise))
+                write_mask(files[n], logits_to_mask(m, np.asarray(image), pairwise))
                 bar.update()
 
 # %% ../nbs/36_deeplab.ipynb #7a9cf3cb

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from .crf import crf, seed_mask, write_each
+from .crf import dense_crf, seed_mask, write_each
 from ppc.data import (
     TagFolder,
     TrainingViews,
@@ -81,7 +81,7 @@ def irn_labels(
     "Label the pixels on which two seeds agree after the CRF."
     numbers = np.arange(len(present) + 1)
     seeds = (seed_mask(scores, numbers[1:], t) for t in (options.fg, options.bg))
-    high, low = (crf(image, seed, len(numbers)) for seed in seeds)
+    high, low = (dense_crf(image, seed, len(numbers)) for seed in seeds)
     objects = np.append(0, present)[high]
     return np.where(high > 0, objects, np.where(low > 0, 255, 0)).astype(np.uint8)
 

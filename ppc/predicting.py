@@ -20,17 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/42_predicting.ipynb #954b79db
-from .cam import CamNet, masked_average_pool
-from .crf import Pairwise, crf, crf_cam, seed_mask
-from .data import ENDINGS, DataError, atomic, normalise, read_image, read_rows, write_mask
-from .deeplab import DeepLab, Recipe
-from .deeplab import predict as mask_from_logits
-from .inference import cam_scores, multi_scale_maps
-from .methods import Method, find_method, make_camnet
-from .pipeline import read_run, run_classes, trained_segmenter
-from .plots import overlay
-from .weights import load_weights
-from .work import best_method, read_json, seed_pairwise, seed_threshold, segmentation_recipe
+from ppc.cam import CamNet, masked_average_pool
+from ppc.crf import Pairwise, dense_crf, crf_cam, seed_mask
+from ppc.data import ENDINGS, DataError, atomic, normalise, read_image, read_rows, write_mask
+from ppc.deeplab import DeepLab, Recipe
+XXXfrom ppc.inference import cam_scores, multi_scale_maps
+from ppc.methods import Method, find_method, make_camnet
+from ppc.pipeline import read_run, run_classes, trained_segmenter
+from ppc.plots import overlay
+from ppc.weights import load_weights
+from ppc.work import best_method, read_json, seed_pairwise, seed_threshold, segmentation_recipe
 
 # %% ../nbs/42_predicting.ipynb #58b0f022
 def tag_vector(
@@ -102,7 +101,7 @@ class CamModel:
             return crf_cam(np.asarray(image), scores, present, self.power, self.pairwise)
         labels = seed_mask(scores, present, self.threshold)
         if self.pairwise:
-            return crf(image, labels, len(self.classes), pairwise=self.pairwise)
+            return dense_crf(image, labels, len(self.classes), pairwise=self.pairwise)
         return labels
 
 # %% ../nbs/42_predicting.ipynb #b2121750

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .backbones import parameter_groups
 from .cam import pseudo_labels, with_background
 from .crf import CRF_PSA as PAIRWISE
-from .crf import crf, crf_cam, write_each
+from .crf import crf_cam, dense_crf, write_each
 from .data import TagFolder, TrainingViews, augmentation, normalise, read_image, write_mask
 from .inference import group_by_size, read_cam
 from .training import fit, make_optimizer
@@ -88,7 +88,7 @@ def _crf_labels(image, scores, present, classes, alpha, unary):
     if unary == 'soft':
         return crf_cam(image, scores, present, alpha, PAIRWISE)
     best = _best_class(with_background(torch.from_numpy(scores), 'power', alpha), present)
-    return crf(image, best, classes, pairwise=PAIRWISE)
+    return dense_crf(image, best, classes, pairwise=PAIRWISE)
 
 # %% ../nbs/34_psa.ipynb #94d70905
 def _best_class(m, present):  # scores with background (P+1, H, W) -> class numbers (H, W) uint8

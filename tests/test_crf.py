@@ -20,7 +20,7 @@ from ppc.crf import (
     CRF_PSA,
     CRF_SSC,
     Pairwise,
-    crf,
+    dense_crf,
     crf_scores,
     hard_unary,
     lattice,
@@ -117,7 +117,7 @@ def test_labels_and_scores_agree_with_pydensecrf():
     from_1 = np.where(labels == 255, 0, labels + 1)
     unary = utils.unary_from_labels(from_1, 21, .7, zero_unsure=True).reshape(21, *labels.shape)
     want = theirs(image, unary, CRF_IRN).argmax(0)
-    assert (crf(image, labels, 21, unsure=255) == want).mean() >= .999
+    assert (dense_crf(image, labels, 21, unsure=255) == want).mean() >= .999
     scores = np.random.default_rng(0).random((3, 121, 99)).astype(np.float32)
     scores = scores*(np.arange(3)[:, None, None] != labels % 3)
     for part in (np.s_[:, :], np.s_[:1, :], np.s_[:, :1], np.s_[:1, :1]):
@@ -278,7 +278,7 @@ def test_only_labels_in_the_image_take_part():
         full = energies(labels, range(21), 21)
         best = mean_field(torch.from_numpy(image)[None], full[None])[0].argmax(0).numpy()
         assert set(np.unique(best)) <= set(np.unique(labels))
-        assert (crf(image, labels, 21, unsure=255) == best).mean() > .9999
+        assert (dense_crf(image, labels, 21, unsure=255) == best).mean() > .9999
 
 
 def batch_of_scenes():
@@ -311,12 +311,12 @@ def test_the_order_of_labels_and_the_zero_of_energies_do_not_matter():
 
 def test_few_labels_and_small_images():
     image, labels = picture(2)
-    assert (crf(image, np.full((128, 128), 9)) == 9).all()
-    assert (crf(image, np.full((128, 128), 9), 21) == 9).all()
-    assert (crf(image, np.where(labels > 0, 255, 4), 21, unsure=255) == 4).all()
-    assert (crf(image, np.full((128, 128), 255), 21, unsure=255) == 255).all()
+    assert (dense_crf(image, np.full((128, 128), 9)) == 9).all()
+    assert (dense_crf(image, np.full((128, 128), 9), 21) == 9).all()
+    assert (dense_crf(image, np.where(labels > 0, 255, 4), 21, unsure=255) == 4).all()
+    assert (dense_crf(image, np.full((128, 128), 255), 21, unsure=255) == 255).all()
     for cut in (np.s_[:1, :1], np.s_[:1], np.s_[:, 5:6]):
-        out = crf(image[cut], labels[cut], 21)
+        out = dense_crf(image[cut], labels[cut], 21)
         assert out.shape == labels[cut].shape and out.dtype == np.uint8
         assert np.isin(out, labels[cut]).all()
         q = crf_scores(image[cut], np.zeros((2, *labels[cut].shape)))   # two unknown labels: equal
@@ -327,9 +327,9 @@ def test_few_labels_and_small_images():
 def test_grey_is_three_equal_colours():
     image, labels = picture(4)
     grey = image[..., 1].copy()
-    want = crf(np.stack([grey]*3, -1), labels)
-    assert (crf(grey, labels) == want).all()
-    assert (crf(grey[..., None], labels) == want).all()
+    want = dense_crf(np.stack([grey]*3, -1), labels)
+    assert (dense_crf(grey, labels) == want).all()
+    assert (dense_crf(grey[..., None], labels) == want).all()
 
 
 @pytest.mark.parametrize('wrong, message', [
@@ -346,7 +346,7 @@ def test_grey_is_three_equal_colours():
 def test_wrong_labels(wrong, message):
     right = dict(image=np.zeros((4, 4, 3), np.uint8), labels=np.eye(4, dtype=int), classes=21)
     with pytest.raises(ValueError, match=message):
-        crf(**{**right, **wrong})
+        dense_crf(**{**right, **wrong})
 
 
 def test_wrong_scores_and_sizes():
@@ -391,7 +391,7 @@ def test_masks_are_the_same_from_one_process_or_two(scenes, tmp_path, monkeypatc
     assert any((read_mask(a) != read_mask(b)).any() for a, b in zip(files['one'], files['other']))
     first = folder.ids[0]
     labels = module.seed_mask(*module.read_cam(cams/f'{first}.npz'), .3)
-    want = crf(read_image(folder.files[first]), labels, 7)
+    want = dense_crf(read_image(folder.files[first]), labels, 7)
     assert (read_mask(files['one'][0]) == want).all()
 
 

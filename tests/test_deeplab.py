@@ -41,7 +41,7 @@ from ppc.deeplab import (
     check_archive,
     deeplab,
     export,
-    predict,
+    logits_to_mask,
     recipe_groups,
     segmentation_loss,
     voc_archive,
@@ -430,9 +430,9 @@ def test_the_crf_itself():
     y = np.zeros((12, 10), np.int64)
     y[:, 5:] = 2
     logits = 8*F.one_hot(torch.from_numpy(y), 4).permute(2, 0, 1).float()
-    assert (predict(logits, image, RECIPE_SSC.pairwise) == y).all()
-    assert (predict(logits, image) == y).all()
-    assert predict(logits[:, :1, :1], image[:1, :1], RECIPE_SSC.pairwise).shape == (1, 1)
+    assert (logits_to_mask(logits, image, RECIPE_SSC.pairwise) == y).all()
+    assert (logits_to_mask(logits, image) == y).all()
+    assert logits_to_mask(logits[:, :1, :1], image[:1, :1], RECIPE_SSC.pairwise).shape == (1, 1)
 
 
 @pytest.mark.parametrize('recipe', [RECIPE_SSC, RECIPE_SSC_ASPP, RECIPE_DLP])

@@ -119,7 +119,7 @@ def of_masks():
     full = np.concatenate([1 - found.max(0, keepdims=True), found])
     values = {
         'curve': curve.miou(), 'counts': curve.counts()[30], 'seed': seeds,
-        'crf': crf.crf(image, seeds, 5), 'crf scores': crf.crf_scores(image, full),
+        'crf': crf.dense_crf(image, seeds, 5), 'crf scores': crf.crf_scores(image, full),
         'crf cam': crf.crf_cam(image, found, present),
         'irn labels': irn.irn_labels(image, found, present)}
     for name, options in psa.PSA_PRESETS.items():
