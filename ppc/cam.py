@@ -104,7 +104,8 @@ def background_map(
     level: float = 1.,  # the constant, or the exponent
 ) -> Tensor:  # (..., 1, h, w)
     "The background's confidence, from the maps of the foreground classes."
-    best = fg.amax(-3, keepdim=True) if fg.shape[-3] else fg.new_zeros(fg[..., :1, :, :].shape)
+    *batch, classes, h, w = fg.shape
+    best = fg.amax(-3, keepdim=True) if classes else fg.new_zeros(*batch, 1, h, w)
     if rule == 'constant':
         return torch.full_like(best, level)
     return 1 - best if rule == 'rest' else (1 - best)**level
@@ -131,7 +132,7 @@ def pseudo_labels(
     m: Tensor,  # confidences (..., C+1, h, w), channel 0 = background
 ) -> Tensor:  # (..., h, w) long, 0 = background
     "The most confident class of each pixel; ties go to the background, then to the lower number."
-    if m.shape[-3] == 1:
-        return torch.zeros(m[..., 0, :, :].shape, dtype=torch.long, device=m.device)
+    if m.shape[-3] == 1:  # no class
+        return torch.zeros_like(m[..., 0, :, :], dtype=torch.long)
     best, c = m[..., 1:, :, :].max(-3)
     return torch.where(best > m[..., 0, :, :], c + 1, 0)

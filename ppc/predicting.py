@@ -20,16 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/42_predicting.ipynb #954b79db
-from ppc.cam import CamNet, masked_average_pool
-from ppc.crf import Pairwise, dense_crf, crf_cam, seed_mask
-from ppc.data import ENDINGS, DataError, atomic, normalise, read_image, read_rows, write_mask
-from ppc.deeplab import DeepLab, Recipe
-XXXfrom ppc.inference import cam_scores, multi_scale_maps
-from ppc.methods import Method, find_method, make_camnet
-from ppc.pipeline import read_run, run_classes, trained_segmenter
-from ppc.plots import overlay
-from ppc.weights import load_weights
-from ppc.work import best_method, read_json, seed_pairwise, seed_threshold, segmentation_recipe
+from .cam import CamNet, masked_average_pool
+from .crf import Pairwise, crf_cam, dense_crf, seed_mask
+from .data import ENDINGS, DataError, atomic, normalise, read_image, read_rows, write_mask
+from .deeplab import DeepLab, Recipe, logits_to_mask
+from .inference import cam_scores, multi_scale_maps
+from .methods import Method, find_method, make_camnet
+from .pipeline import read_run, run_classes, trained_segmenter
+from .plots import overlay
+from .weights import load_weights
+from .work import best_method, read_json, seed_pairwise, seed_threshold, segmentation_recipe
 
 # %% ../nbs/42_predicting.ipynb #58b0f022
 def tag_vector(
@@ -127,7 +127,7 @@ class SegmenterModel:
                 'such as runs/mine/cam.')
         batch = _image_batch(image, self.network)
         logits = multi_scale_maps(self.network, batch, self.recipe.scales)[0]
-        return mask_from_logits(logits, np.asarray(image), self.recipe.pairwise)
+        return logits_to_mask(logits, np.asarray(image), self.recipe.pairwise)
 
 # %% ../nbs/42_predicting.ipynb #c8b29f2e
 def load_model(

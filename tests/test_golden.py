@@ -124,7 +124,8 @@ def of_masks():
         'irn labels': irn.irn_labels(image, found, present)}
     for name, options in psa.PSA_PRESETS.items():
         values[f'psa labels {name}'] = psa.affinity_labels(image, found, present, 5, options)
-        values[f'psa behind {name}'] = cam.with_background(torch.from_numpy(found), options.background, options.level)
+        full = cam.with_background(torch.from_numpy(found), options.background, options.level)
+        values[f'psa behind {name}'] = full
         torch.manual_seed(11)
         affinity = torch.rand(34, 3, 3)
         values[f'psa mask {name}'] = psa.walked_mask(found, present, affinity, 8, options)

@@ -186,7 +186,7 @@ def test_labels_are_those_on_which_two_cuts_agree(monkeypatch):
     def unchanged(image, labels, classes):
         asked.append(classes)
         return labels
-    monkeypatch.setattr(irn, 'crf', unchanged)
+    monkeypatch.setattr(irn, 'dense_crf', unchanged)
     image, present = np.zeros((1, 5, 3), np.uint8), np.array([4, 9], np.uint8)
     scores = np.array([[[.04, .2, .31, .05, .30]], [[.05, .06, .9, 0, .0]]], dtype=np.float32)
     assert irn_labels(image, scores, present).tolist() == [[0, 255, 9, 0, 255]]

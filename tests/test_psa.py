@@ -79,7 +79,7 @@ def test_labels_are_the_literal_ones(P, H, W, low, high, seed):
         want = np.where(under_high == 0, 0, np.where(under_low == 0, 255, under_low))
     with pytest.MonkeyPatch.context() as m:
         m.setattr('ppc.crf.crf_scores', lambda image, scores, pairwise: scores)
-        m.setattr(psa, 'crf', unchanged_labels)
+        m.setattr(psa, 'dense_crf', unchanged_labels)
         for unary in ('soft', 'hard'):
             options = PsaOptions(unary=unary, low=low, high=high)
             got = affinity_labels(image, scores, present, 7, options)
