@@ -238,8 +238,6 @@ def walked_mask(
 ) -> np.ndarray:  # (H, W) uint8
     "Take the best class of each pixel after the walk; ties go to the background."
     H, W = scores.shape[1:]
-    if not len(present):
-        return np.zeros((H, W), dtype=np.uint8)
     m = with_background(torch.from_numpy(scores), options.background, options.level)
     m = _pad_to_stride(m.to(affinity), stride)
     grid = F.adaptive_avg_pool2d(m, affinity.shape[1:])
