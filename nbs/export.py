@@ -19,7 +19,8 @@ def main(root):
     cell['source'] = (own + made).splitlines(keepends=True)
     write(path, book)
     for c in code:
-        c.update(outputs=[], execution_count=None)
+        tags = {k: v for k, v in c['metadata'].items() if k == 'tags'}
+        c.update(outputs=[], execution_count=None, metadata=tags)
     write(root/'ppc'/'run.ipynb', book)
 
 

@@ -93,7 +93,7 @@ def write_irn_labels(
     options: IrnOptions = IRN_AUTHORS,
     workers: int = 2,  # processes
     label: str = 'IRN labels',  # in front of the progress bar
-):
+) -> None:
     """Write the labels of every image of a split; files that exist are skipped.
 
     Raises `DataError` for a CAM of another size.
@@ -192,7 +192,7 @@ class IRNet(nn.Module):
         maps, size = self.stages(image), [-(-n//4) for n in image.shape[-2:]]
         return _edge_logits(self, maps, size), _displacement(self, maps, size)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> 'IRNet':
         "The branches learn; the backbone always stays in eval mode."
         super().train(mode)
         self.backbone.eval()
@@ -267,7 +267,7 @@ def centre_displacement(
     folder: TagFolder,
     batch_size: int = 8,  # images of one size
     label: str = 'mean displacement',  # in front of the progress bar
-):
+) -> None:
     "Store the mean displacement over all images, each at its own size, in `model.mean`."
     model.eval()
     total = torch.zeros_like(model.mean)
@@ -345,7 +345,7 @@ def write_irn_masks(
     out: Path | str,  # folder for <id>.png
     options: IrnOptions = IRN_AUTHORS,
     label: str = 'IRN masks',  # in front of the progress bar
-):
+) -> None:
     """Write the pseudo mask of every image of a split; files that exist are skipped.
 
     Raises `DataError` for a CAM of another size.

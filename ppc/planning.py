@@ -34,12 +34,14 @@ def missing_inputs(
     found += [_complaint(check_start, start) for start in required_starts(config)]
     return list(dict.fromkeys(sentence for sentence in found if sentence))
 
+# %% ../nbs/44_planning.ipynb #e9414d41
 def _complaint(check, *args):
     try:
         check(*args)
     except DataError as e:
         return str(e)
 
+# %% ../nbs/44_planning.ipynb #13e7f7fa
 def _open_split(config, split, saliency):
     data = TagFolder(config.run.data, split)
     if saliency and split == config.cam.train_split:

@@ -102,7 +102,7 @@ def write_affinity_labels(
     options: PsaOptions = PSA_AUTHORS,
     workers: int = 2,  # processes
     label: str = 'affinity labels',  # in front of the progress bar
-):
+) -> None:
     """Write the affinity labels of every image of a split; files that exist are skipped.
 
     Raises `DataError` for a CAM of another size.
@@ -260,7 +260,7 @@ def write_psa_masks(
     options: PsaOptions = PSA_AUTHORS,
     batch_size: int = 8,  # images of one size that go through the network together
     label: str = 'PSA masks',  # in front of the progress bar
-):
+) -> None:
     """Write the mask of every image of a split; files that exist are skipped.
 
     Raises `DataError` for a CAM of another size.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETWORK_READS', 'FIT_READS', 'VIEW_READS', 'TRAIN_READS', 'CRF_READS', 'Stage', 'run_stage', 'peak_memory', 'digest',
            'stage_keys', 'short_hash', 'stage_folder', 'start_stages', 'method_stages', 'mask_stages',
-           'affinity_stages', 'segment_stages', 'stages']
+           'affinity_stages', 'segment_stages', 'stages', 'stage_places', 'draw_stages']
 
 # %% ../nbs/38_stages.ipynb #1dc6492d
 import hashlib
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+import matplotlib.pyplot as plt
 import torch
 from filelock import FileLock
 from .data import TagFolder
@@ -108,6 +109,7 @@ def _same_key(path, key):
                 f'{path.parent} was made with {name} = {found.get(name)!r}, '
                 f'now {name} = {now.get(name)!r}: use another run folder, or delete this one.')
 
+# %% ../nbs/38_stages.ipynb #58fe42d9
 def _leaves(key):  # parameters, options and lists of a key by their names
     groups = [key.pop(name, {}) for name in ('reads', 'options', 'lists', 'needs')]
     return {**key, **{k: v for group in groups for k, v in group.items()}}
@@ -136,6 +138,7 @@ def stage_keys(
             'needs': {k: short_hash(keys[k]) for k in s.needs}}
     return keys
 
+# %% ../nbs/38_stages.ipynb #08c0bd0b
 def short_hash(key: dict) -> str:  # twelve hexadecimal digits
     "A key as the name of a folder."
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -188,22 +191,26 @@ def start_stages(config: Config) -> list[Stage]:
 # %% ../nbs/38_stages.ipynb #955ecaa7
 def method_stages(config: Config, method: Method, start: str | None) -> list[Stage]:
     "From tags to seeds."
-    c, m, split = config.cam, method.name, config.seeds.seed_split
+    m, split = method.name, config.seeds.seed_split
     cams, images = f'{m}/cams-{split}', (split,)
-    reads = (*TRAIN_READS, 'epochs', 'ema', 'chance', *method.reads)
-    reads += VIEW_READS if method.two_views else ()
-    train = Stage(
-        f'{m}/train', partial(train_cam, method=method, start=start), (start,) if start else (),
-        (c.train_split,), reads, batches=(c.batch_size, c.epochs))
     work = partial(make_cams, method=method, split=split)
-    how = dict(title=m, shows='cam')
-    found = [train, Stage(cams, work, (train.name,), images, ('scales', 'refined'), **how)]
+    how = dict(reads=('scales', 'refined'), title=m, shows='cam')
+    found = [_train_stage(config, method, start), Stage(cams, work, (f'{m}/train',), images, **how)]
     found.append(Stage(f'{m}/seeds', partial(evaluate_seeds, cams=cams), (cams,), images))
     if config.seeds.crf:
         work, needs = partial(refine_seeds, method=method, cams=cams), (cams, f'{m}/seeds')
-        how = dict(title=f'{m} +CRF', shows='mask')
-        found.append(Stage(f'{m}/crf', work, needs, images, CRF_READS, **how))
+        how = dict(reads=CRF_READS, title=f'{m} +CRF', shows='mask')
+        found.append(Stage(f'{m}/crf', work, needs, images, **how))
     return found
+
+# %% ../nbs/38_stages.ipynb #b03f8663
+def _train_stage(config, method, start):
+    reads = (*TRAIN_READS, 'epochs', 'ema', 'chance', *method.reads)
+    reads += VIEW_READS if method.two_views else ()
+    c, needs = config.cam, (start,) if start else ()
+    return Stage(
+        f'{method.name}/train', partial(train_cam, method=method, start=start), needs,
+        (c.train_split,), reads, batches=(c.batch_size, c.epochs))
 
 # %% ../nbs/38_stages.ipynb #30921cb3
 def mask_stages(config: Config, methods: list[Method], start: str | None) -> list[Stage]:
@@ -224,6 +231,7 @@ def mask_stages(config: Config, methods: list[Method], start: str | None) -> lis
     needs += each('crf') if reuse else ()
     return [*found, Stage('masks', make_masks, needs, images, ('refine', *CRF_READS))]
 
+# %% ../nbs/38_stages.ipynb #7a6ccd55
 def _of_each(methods, name): return tuple(f'{m.name}/{name}' for m in methods)
 
 # %% ../nbs/38_stages.ipynb #79d9e448
@@ -275,3 +283,41 @@ def stages(
     if segments or config.refine.refine != 'none':
         found += mask_stages(config, methods, start)
     return found + (segment_stages(config, start) if segments else [])
+
+# %% ../nbs/38_stages.ipynb #bf8f5864
+def stage_places(
+    found: Iterable[Stage],  # in their order
+) -> dict[str, tuple[float, int]]:  # name -> column and row of the diagram
+    "A column for each method, the middle for the others; a row below all that a stage needs."
+    found = list(found)
+    methods = list(dict.fromkeys(s.name.split('/')[0] for s in found if '/' in s.name))
+    rows, places, taken = {}, {}, set()
+    for s in found:
+        rows[s.name] = 1 + max((rows[name] for name in s.needs), default=-1)
+        method, middle = s.name.split('/')[0], (len(methods) - 1)/2
+        x = methods.index(method) if '/' in s.name else middle
+        while (x, rows[s.name]) in taken:
+            x += 1
+        taken.add((x, rows[s.name]))
+        places[s.name] = x, rows[s.name]
+    return places
+
+# %% ../nbs/38_stages.ipynb #e71b2f61
+def draw_stages(
+    found: Iterable[Stage],  # in their order
+) -> plt.Figure:
+    "The stages of a run as boxes, with an arrow from each stage to those that need it."
+    found = list(found)
+    places = stage_places(found)
+    width, height = (1 + max(p[axis] for p in places.values()) for axis in (0, 1))
+    fig, ax = plt.subplots(figsize=(2*width, .42*height))
+    for s in found:
+        kind = 'lightsteelblue' if s.batches else 'whitesmoke'
+        box = dict(boxstyle='round', fc=kind, ec='slategray')
+        ax.text(*places[s.name], s.name, ha='center', va='center', fontsize=8, zorder=2, bbox=box)
+        for need in s.needs:
+            line = dict(arrowstyle='->', color='silver', shrinkA=9, shrinkB=9)
+            ax.annotate('', places[s.name], places[need], zorder=1, arrowprops=line)
+    ax.set(xlim=(-.6, width - .4), ylim=(height - .5, -.5))
+    ax.axis('off')
+    return fig

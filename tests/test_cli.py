@@ -19,7 +19,7 @@ from ppc.sweeps import run_name
 QUICK = dict(
     batch_size=4, crop=64, target=32, resize=[64, 96], k=4,
     seg_options=dict(batch_size=4, epochs=1, crop=64))
-pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore:__array__ implementation')]
 
 
 def ppc(*args):

@@ -468,6 +468,7 @@ def compiled(function, name):
     return torch.compile(function, fullgraph=True, **COMPILERS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', READINGS)
 @pytest.mark.parametrize('compiler', COMPILERS)
 def test_the_module_compiles(compiler, name):

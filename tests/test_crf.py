@@ -373,6 +373,7 @@ def test_wrong_settings(name, value):
 
 # --- a whole split --------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_masks_are_the_same_from_one_process_or_two(scenes, tmp_path, monkeypatch):
     folder, rng = TagFolder(scenes), np.random.default_rng(0)
     cams = tmp_path/'cams'
@@ -424,6 +425,7 @@ def is_running(pid):
     return stat.exists() and 'Z' not in stat.read_text().rpartition(')')[2].split()[0]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tmp_path):
     "Otherwise a killed run would go on writing masks while the run that continues it writes too."
     (tmp_path/'parent.py').write_text(PARENT)

@@ -629,6 +629,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_the_same_masks_in_onnxruntime(name, tmp_path):
     torch.manual_seed(0)
@@ -640,6 +641,7 @@ def test_the_same_masks_in_onnxruntime(name, tmp_path):
     assert_same_masks(net, exported(net, tmp_path/'net.onnx'), ((1, 64, 64), (2, 45, 83)))
 
 
+@pytest.mark.slow
 def test_the_same_masks_from_torch_export(tmp_path):
     "Also where several sizes are fused; and the network is not changed."
     torch.manual_seed(0)

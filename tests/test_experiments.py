@@ -22,6 +22,8 @@ from ppc.ablations import (
 from ppc.sweeps import run_name, runs
 from ppc.tables import over_seeds, paired_differences
 
+pytestmark = pytest.mark.slow
+
 NBS = Path(__file__).parent.parent/'nbs'
 BOOKS = {
     '51_components': COMPONENTS_TABLE,

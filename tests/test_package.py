@@ -41,7 +41,7 @@ def ppc(site, tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(site), 'TQDM_DISABLE': '1'}
 
     def call(*args, setup=''):
-        code = f'from ppc import cli; {setup}; cli.app({[str(a) for a in args]!r})'
+        code = f'from ppc import cli\n{setup}\ncli.app({[str(a) for a in args]!r})'
         command = [sys.executable, '-c', code]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     return call

@@ -15,6 +15,8 @@ import pytest
 from bs4 import BeautifulSoup
 from ppc.pages import book_pages, exported_names
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ['browser']  # the fixture
 ROOT = Path(__file__).parent.parent
 BOOK = {p.stem: nbformat.read(p, 4).cells for p in sorted((ROOT/'nbs').glob('*.ipynb'))}

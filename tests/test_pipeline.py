@@ -26,6 +26,8 @@ from ppc.training import read_log
 from ppc.weights import read_weights
 from ppc.work import Inputs, read_json, train_cam
 
+pytestmark = pytest.mark.slow
+
 QUICK = dict(
     batch_size=4, warm_epochs=1, crop=64, target=32, resize=[64, 96], k=4,
     seg_options=dict(batch_size=4, epochs=1, crop=64))

@@ -33,6 +33,8 @@ from ppc.predicting import (
 )
 from ppc.work import read_json
 
+pytestmark = pytest.mark.slow
+
 METHODS = ['cam', 'seam+ppc']
 
 

@@ -433,6 +433,7 @@ def test_a_cam_of_another_size_is_named(odd):
         labels()
 
 
+@pytest.mark.slow
 def test_processes_write_the_same_labels(odd, monkeypatch):
     root, folder = odd
     write_affinity_labels(folder, root/'cams', root/'one', PSA_SEAM, workers=1)

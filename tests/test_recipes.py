@@ -25,6 +25,7 @@ from ppc.work import affinity_options, segmentation_recipe
 
 RECIPES = cli.recipe_names()
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings('ignore:__array__ implementation'),
     pytest.mark.filterwarnings('ignore:This DataLoader will create')]
 

@@ -20,6 +20,8 @@ from ppc.pipeline import run
 from ppc.plots import colour_mask
 from ppc.report import Run, find_runs, report_page, seeds_table
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ['browser']  # the fixture
 ROOT = Path(__file__).parent.parent
 TINY = dict(closeups=32, pretrain_epochs=1, batch_size=4, crop=64, resize=[64, 96],

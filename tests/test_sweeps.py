@@ -39,6 +39,8 @@ from ppc.sweeps import (
     write_records,
 )
 
+pytestmark = pytest.mark.slow
+
 BOOK = Path(__file__).parent.parent/'nbs'
 # processes that can be killed, and have imported the package already
 FRESH = get_context('forkserver')

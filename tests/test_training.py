@@ -9,6 +9,8 @@ from ppc.backbones import Tiny, load_weights, read_weights
 from ppc.data import DataError
 from ppc.training import Batches, fit, read_log
 
+pytestmark = pytest.mark.slow
+
 RUN = '''
 import sys, torch
 torch.set_num_threads(1)
