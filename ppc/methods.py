@@ -75,6 +75,7 @@ def seam_terms(batch: Batch, config: Config) -> dict[str, Tensor]:
 # %% ../nbs/29_methods.ipynb #b7d1adde
 PCMS = {'learned': {}, 'fixed': {'widths': ()}}
 
+# %% ../nbs/29_methods.ipynb #f3ebb3b8
 def make_pcm(channels: list[int], config: Config) -> PCM:
     "SEAM's module for a backbone of these widths. Raises `ValueError`."
     if config.cam.pcm not in PCMS:
@@ -174,6 +175,7 @@ def make_backbone(
 # %% ../nbs/29_methods.ipynb #08b39a14
 CLASSIFIERS = 'random', 'zeros'
 
+# %% ../nbs/29_methods.ipynb #5429299f
 def make_camnet(
     config: Config,
     classes: int,  # C+1, with background
@@ -192,6 +194,7 @@ def make_camnet(
 CHANCE_SOURCES = 'init', 'order', 'views', 'noise'  # what a seed decides in a training
 INIT_PARTS = {'classifier': 'classifier', 'projector': 'projector', 'pcm': 'refine'}
 
+# %% ../nbs/29_methods.ipynb #53429876
 def check_methods(methods: Iterable[str | Method], config: Config) -> list[Method]:
     "The methods of a run. Raises `ValueError` for what cannot be trained."
     sources = [*CHANCE_SOURCES, *INIT_PARTS]

@@ -184,6 +184,19 @@ def test_a_record_without_its_files(done, tmp_path):
     assert all(tables(page)[t] == tables(done[1])[t] for t in (RESULTS, CLASSES))
 
 
+def test_a_run_of_an_earlier_edition(done, tmp_path):
+    "It has no list of stages, and other names for some parameters."
+    shutil.copytree(done[0], tmp_path/'tiny')
+    (tmp_path/'tiny'/'stages.json').unlink()
+    for file in ('config.json', 'metrics.json'):
+        path = tmp_path/'tiny'/file
+        path.write_text(path.read_text().replace('head_lr_mult', 'lr_new'))
+    new, old = (check_page(report_page(root, tmp_path/'page.html'))
+                for root in (done[0], tmp_path/'tiny'))
+    for part in ('.gallery', '.figures', 'details'):
+        assert [str(x) for x in old.select(part)] == [str(x) for x in new.select(part)]
+
+
 def test_data_moved_away(done, tmp_path):
     shutil.copytree(done[0], tmp_path/'tiny')
     shutil.rmtree(tmp_path/'tiny'/'scenes')
