@@ -1,6 +1,8 @@
 # Two commands on a fresh machine, each does its own set-up: make demo, make test. Needs Python >= 3.10 and make; the tests also a C++ compiler.
 PYTHON ?= python3
 BIN = .venv/bin
+# For each of two processes: with more, threads wait for a core instead of working
+ONE_THREAD = OMP_NUM_THREADS=1
 .PHONY: install demo check test bench lab docs export crf-if-possible
 
 install: .venv/ready
@@ -11,11 +13,11 @@ demo: .venv/ready
 # In two minutes: style, sync of notebooks and package, unit tests; no training, no notebook
 check: .venv/ready
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest tests -q -n 2 -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest tests -q -n 2 -m "not slow"
 
 test: .venv/ready .venv/crf
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	$(ONE_THREAD) $(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 # Fast forms against the plain loops they replace; writes runs/bench/<device>.json
 bench: .venv/ready crf-if-possible

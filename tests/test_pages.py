@@ -134,9 +134,10 @@ def test_every_exported_name_can_be_looked_up(pages):
 
 # --- the API, compared with the modules ----------------------------------------------------------
 
-def signature(pages, module, name):
-    "The code of an entry."
-    return pages['api'].find(id=f'{module}.{name}').pre.get_text()
+@pytest.fixture(scope='module')
+def entries(pages):
+    "The entries of the API page by module and name; one search of the page for all of them."
+    return {entry['id']: entry for entry in pages['api'].find_all(id=True)}
 
 
 def head_comments(node, source):
@@ -198,11 +199,11 @@ def test_every_exported_name_is_on_the_api_page(pages):
     assert total > 350
 
 
-def test_signatures_are_those_of_the_modules(pages):
+def test_signatures_are_those_of_the_modules(entries):
     methods = 0
     for module, source in MODULES.items():
         for name, node in definitions(source).items():
-            shown = signature(pages, module, name)
+            shown = entries[f'{module}.{name}'].pre.get_text()
             if isinstance(node, ast.FunctionDef):
                 check_definition(shown, node, source)
                 continue
@@ -215,12 +216,12 @@ def test_signatures_are_those_of_the_modules(pages):
     assert methods > 30
 
 
-def test_docstrings_are_those_of_the_modules(pages):
+def test_docstrings_are_those_of_the_modules(entries):
     "Word by word; only Markdown's marks are gone."
     total = 0
     for module, source in MODULES.items():
         for name, node in definitions(source).items():
-            entry = pages['api'].find(id=f'{module}.{name}')
+            entry = entries[f'{module}.{name}']
             text = ' '.join(e.get_text() for e in entry.find_all(recursive=False)[2:])
             docstring = ast.get_docstring(node)
             if docstring:

@@ -75,7 +75,8 @@ def test_own_photographs_in_five_commands(tmp_path):
     for line in lines[1:]:
         command = line.replace('.venv/bin/ppc', str(Path(sys.executable).parent/'ppc'))
         if ' run ' in line:  # less of it, as only the way counts here
-            command += f' {instead} -p epochs=2 -p workers=0'
+            short = '{optimizer: AdamW, batch_size: 8, crop: 160, epochs: 4}'
+            command += f' {instead} -p epochs=2 -p workers=0 -p "seg_options={short}"'
         found = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
                                env={**os.environ, 'TQDM_DISABLE': '1'})
         assert found.returncode == 0, f'{line}\n{found.stdout}\n{found.stderr}'
