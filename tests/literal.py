@@ -184,3 +184,11 @@ def official(a, b, tags, K, draws, tau=.1):
     intra_a = official_intra(va, ya, Pa, tau, draws[0])
     intra_b = official_intra(vb, yb, Pb, tau, draws[1])
     return cross_prototype/2, cross_cam/2, (intra_a + intra_b)/2
+
+
+def gradients(scalar, leaves):
+    "The gradient at every leaf; zero where there is none."
+    if not scalar.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    found = torch.autograd.grad(scalar, leaves, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]

@@ -5,6 +5,7 @@ Map by map and pixel by pixel: values and gradients.
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from literal import gradients
 from ppc.backbones import Tiny
 from ppc.cam import CamNet, Maps, class_loss, masked_average_pool
 from ppc.eps import eps_losses, saliency_estimate, saliency_loss, saliency_losses
@@ -23,14 +24,6 @@ def same_gradients(got, want, leaves):
     "Two scalars have the same gradient at every leaf (none counts as zero)."
     for g, w in zip(gradients(got, leaves), gradients(want, leaves)):
         close(g, w)
-
-
-def gradients(scalar, leaves):
-    "The gradient at every leaf; zero where there is none."
-    if not scalar.requires_grad:
-        return [torch.zeros_like(x) for x in leaves]
-    found = torch.autograd.grad(scalar, leaves, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
 
 
 def reached(net):

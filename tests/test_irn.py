@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from literal import gradients
 from PIL import Image
 from ppc import irn
 from ppc.backbones import ResNet, ResNet38, Timm, Tiny
@@ -142,14 +143,6 @@ def test_losses_are_the_literal_ones(N, H, W, radius, labels, seed):
         close(got[k], want[k])
         for g, e in zip(gradients(got[k], leaves), gradients(want[k], leaves)):
             close(g, e)
-
-
-def gradients(scalar, leaves):
-    "The gradient at every leaf; zero where there is none."
-    if not scalar.requires_grad:
-        return [torch.zeros_like(x) for x in leaves]
-    found = torch.autograd.grad(scalar, leaves, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
 
 
 @pytest.mark.parametrize('label', [0, 2, 255])
