@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'Tiny', 'freeze_batchnorm', 'ResNet38', 'mxnet_to_resnet38', 'rename_released', 'load_released',
-           'resnet38_state', 'ResNet', 'torchvision_weights', 'torchvision_state', 'Timm', 'describe_start',
-           'load_backbone', 'Backbone', 'build_backbone', 'parameter_groups']
+           'resnet38_state', 'ResNet', 'torchvision_weights', 'torchvision_state', 'Timm', 'input_constants',
+           'describe_start', 'load_backbone', 'Backbone', 'build_backbone', 'parameter_groups']
 
 # %% ../nbs/10_backbones.ipynb #97b79fb7
 import re
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
-from .data import DataError
+from .data import MEAN, STD, DataError
+from .lite import lite_file, lite_state
 from .weights import load_state, load_weights, read_mxnet, read_weights
 
 # %% ../nbs/10_backbones.ipynb #fe427533
@@ -227,7 +228,6 @@ def _backbone_tensors(state):
     prefix = 'backbone.'
     return {k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(prefix)}
 
-# %% ../nbs/10_backbones.ipynb #dba2f661
 def resnet38_state(
     path: Path | str,    # MXNet's .params, or a .pth or .safetensors
 ) -> dict[str, Tensor]:  # by the names of a `ResNet38`
@@ -318,17 +318,18 @@ def torchvision_state(
 class Timm(nn.Module):
     """A timm network by name: two intermediate maps and the last, batch normalisation frozen.
     Raises `ValueError` for an unknown name or a stride it cannot have, `DataError` for weights."""
+    added_tensors = {'input_scale': torch.ones(3, 1, 1), 'input_shift': torch.zeros(3, 1, 1)}
+
     def __init__(self,
         name: str,                         # any of timm.list_models()
         output_stride: int = 16,           # of the last map: 8 or 16
-        weights: Path | str | None = None, # None: random; 'hub': timm's own; otherwise a local file
+        weights: Path | str | None = None, # None: random; 'hub', 'pip', or a local file
     ):
         super().__init__()
         self.net, self.stride = _create(name, output_stride), output_stride
-        if weights == 'hub':
-            _from_hub(self.net, name)
-        elif weights is not None:
-            load_weights(self.net, weights)
+        _load_timm(self.net, name, weights)
+        for constant, value in input_constants(self.net.pretrained_cfg).items():
+            self.register_buffer(constant, value)
         self.net.reset_classifier(0)
         strides = _strides(self.net)
         if strides[-1] != output_stride:
@@ -340,6 +341,7 @@ class Timm(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:  # (N, 3, H, W) -> three (N, channels[k], h, w)
         "Two intermediate maps and the last one."
+        x = x*self.input_scale + self.input_shift
         last, maps = self.net.forward_intermediates(x, indices=self.indices)
         is_map = last.shape[2:] == maps[2].shape[2:]   # not so for a transformer
         return [*maps[:2], last if is_map else maps[2]]
@@ -366,7 +368,27 @@ def _create(name, output_stride):
             raise ValueError(f'{name} has no output stride {output_stride}: {e}') from None
     raise ValueError(f'{name} cannot be built with output stride {output_stride}: {reason}')
 
+# %% ../nbs/10_backbones.ipynb #0b71dc89
+def input_constants(
+    cfg: dict,              # timm's entry about a network's weights
+) -> dict[str, Tensor]:     # 'input_scale' and 'input_shift', (3, 1, 1) each
+    "Constants that turn an image normalised as ImageNet's into one as the network was trained on."
+    mean, std = cfg.get('mean', MEAN), cfg.get('std', STD)
+    scale = [a/b for a, b in zip(STD, std)]
+    shift = [(a - b)/c for a, b, c in zip(MEAN, mean, std)]
+    values = {'input_scale': scale, 'input_shift': shift}
+    return {name: torch.tensor(value).view(3, 1, 1) for name, value in values.items()}
+
 # %% ../nbs/10_backbones.ipynb #a801c367
+def _load_timm(net, name, weights):
+    if weights == 'hub':
+        _from_hub(net, name)
+    elif weights == 'pip':
+        depths = [len(level) for level in getattr(net, 'blocks', ())]
+        load_state(net, lite_state(name, depths), 'the file from pip')
+    elif weights is not None:
+        load_weights(net, weights)
+
 def _from_hub(net, name):
     try:
         timm.models.load_pretrained(net)
@@ -389,6 +411,8 @@ def describe_start(
     entry = torchvision_weights(name, weights) if name in _RESNETS else None
     if entry:
         return f'ImageNet-1k ({entry.name})'
+    if weights == 'pip':
+        return f'ImageNet-1k ({lite_file(name).file})'
     if weights == 'hub':
         return f'timm {timm.get_pretrained_cfg(name).tag}'
     return Path(weights).name

@@ -14,6 +14,7 @@ from torchvision import models
 from ppc import methods, sources, work
 from ppc.backbones import ResNet, ResNet38, Timm
 from ppc.data import DataError
+from ppc.lite import LITE_FILES
 from ppc.methods import find_method
 from ppc.parameters import Config
 from ppc.sources import (
@@ -100,7 +101,8 @@ def test_what_is_known_is_well_formed():
     for s in WEIGHT_SOURCES:
         assert len(s.sha256) in (0, 8, 64) and len(s.md5) in (0, 32)
         assert not set(s.sha256 + s.md5) - set('0123456789abcdef')
-        assert s.backbone in ('resnet38', 'resnet50', 'resnet101') and s.learned and s.where
+        assert s.backbone in ('resnet38', 'resnet50', 'resnet101', *LITE_FILES)
+        assert s.learned and s.where
         assert not s.file.startswith('/')
         if len(s.sha256) == 8:
             assert s.file == f'{s.backbone}-{s.sha256}.pth'
@@ -117,7 +119,7 @@ def test_torchvisions_files_are_those_that_the_networks_ask_for(name, monkeypatc
     for served in ('hub', 'IMAGENET1K_V1'):
         with torch.device('meta'):
             ResNet(name, 16, served)
-    files = {(s.backbone, s.served): s.file for s in WEIGHT_SOURCES if s.served}
+    files = {(s.backbone, s.served): s.file for s in WEIGHT_SOURCES if s.served != 'pip'}
     assert asked == [files[name, 'hub'], files[name, 'IMAGENET1K_V1']]
 
 
