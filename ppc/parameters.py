@@ -22,6 +22,8 @@ class RunConfig:
     data: str = ''  # dataset folder; '': generate scenes and close-ups
     scenes: int = 48  # scenes to generate for training (a fifth of that for validation)
     closeups: int = 96  # close-ups to generate for the tiny backbone
+    coats: float = 0.5  # how often a generated animal has the coat of its class, 0..1
+    zoom: float = 1.0  # factor on the size of animals in generated scenes
     saliency_quality: float = 0.8  # of the generated saliency maps, 0..1
     seed: int = 0  # of everything that is random
     shared: str = ''  # folder in which runs share equal stages; '': a run keeps its own
@@ -35,7 +37,7 @@ class CamConfig:
     "Stages pretrain, warm and <method>/train (§3, §4.2)."
     train_split: str = 'train'  # images to learn from
     backbone: str = 'tiny'  # 'tiny', 'resnet38' (the paper's), 'resnet50', 'resnet101', any of timm
-    weights: str = ''  # 'hub', 'IMAGENET1K_V1' (a resnet's first), a local file, or '' for random
+    weights: str = ''  # 'hub', 'pip', 'IMAGENET1K_V1' (a resnet's first), a file, '' for random
     output_stride: int = 8  # of the backbone: 8 or 16; tiny and resnet38 have 8
     dropout: float = 0.0  # on the last features, before both heads; the authors': 0.5
     pretrain_epochs: int = 1  # of the tiny backbone on close-ups, where it has no weights

@@ -6,7 +6,7 @@
 __all__ = ['Plan', 'splits', 'generate', 'open_lists', 'plan', 'run', 'run_key', 'reported', 'walk', 'do_stage',
            'describe_stages', 'table_row', 'network_start', 'threshold_origin', 'seed_rows', 'later_rows', 'result',
            'later_numbers', 'provenance', 'device_name', 'read_run', 'run_classes', 'run_stages', 'pictured_stages',
-           'trained_segmenter']
+           'shown_images', 'trained_segmenter']
 
 # %% ../nbs/39_pipeline.ipynb #d33868cf
 import inspect
@@ -29,10 +29,10 @@ from .scenes import make_closeups, make_scenes
 from .stages import Stage, run_stage, stage_folder, stage_keys, stages
 from .training import Batches, make_optimizer
 from ppc.work import (
-    SHOWN,
+    RANKS,
     Inputs,
     affinity_options,
-    first_images,
+    learns_closeups,
     load_segmenter,
     mask_inputs,
     read_json,
@@ -63,23 +63,27 @@ def splits(config: Config) -> list[str]:
     return [split for split in dict.fromkeys(found) if split]
 
 # %% ../nbs/39_pipeline.ipynb #cacf49a4
-def generate(out: Path, config: Config) -> tuple[Path, Path]:  # folders of scenes and close-ups
+def generate(
+    out: Path, config: Config,
+) -> tuple[Path, Path | None]:  # folders of scenes and close-ups; None where nobody learns these
     "Scenes and close-ups in the run's folder, or shared between runs."
     r = config.run
-    key = {'scenes': r.scenes, 'seed': r.seed, 'quality': r.saliency_quality}
+    look = {'coats': r.coats, 'zoom': r.zoom}
+    key = {'scenes': r.scenes, 'seed': r.seed, 'quality': r.saliency_quality, **look}
     with stage_folder(out, 'scenes', key, r.shared) as folder:
         val = max(1, r.scenes//5)
-        scenes = make_scenes(folder, r.scenes, val, r.seed, r.saliency_quality)
-    key = {'closeups': r.closeups, 'seed': r.seed}
+        scenes = make_scenes(folder, r.scenes, val, r.seed, r.saliency_quality, **look)
+    if not learns_closeups(config):
+        return scenes, None
+    key = {'closeups': r.closeups, 'seed': r.seed, 'coats': r.coats}
     with stage_folder(out, 'closeups', key, r.shared) as folder:
-        return scenes, make_closeups(folder, r.closeups, r.seed)
+        return scenes, make_closeups(folder, r.closeups, r.seed, r.coats)
 
 # %% ../nbs/39_pipeline.ipynb #615e85d3
 def open_lists(out: Path, config: Config) -> dict[str, TagFolder]:
-    "The lists of images by split, `shown`, and `closeups` if generated. Raises `DataError`."
+    "The lists of images by split, and `closeups` if generated. Raises `DataError`."
     root, closeups = (config.run.data, None) if config.run.data else generate(out, config)
     lists = {split: TagFolder(root, split) for split in splits(config)}
-    lists['shown'] = first_images(lists[config.seeds.seed_split], SHOWN)
     return lists | ({'closeups': TagFolder(closeups)} if closeups else {})
 
 # %% ../nbs/39_pipeline.ipynb #34fb2a3f
@@ -202,7 +206,7 @@ def network_start(config: Config, name: str = '', weights: str = '') -> str:
     c = config.cam
     begun = [describe_start(*((name, weights) if name else (c.backbone, c.weights)))]
     own = name in ('', c.backbone)
-    if own and c.backbone == 'tiny' and not c.weights and not config.run.data:
+    if own and learns_closeups(config):
         begun.append('close-ups')
     if own and c.warm_epochs:
         begun.append('tags')
@@ -345,6 +349,16 @@ def pictured_stages(
         method, _, rest = s['name'].partition('/')
         return s['shows'] == 'cam' or s['shows'] and (not rest or method == best)
     return {s['title']: (s['shows'], Path(run)/s['name']) for s in run_stages(run) if wanted(s)}
+
+# %% ../nbs/39_pipeline.ipynb #fe83047d
+def shown_images(
+    run: Path | str,  # run folder
+    data: TagFolder,  # its `seed_split`
+) -> dict[str, str]:  # name -> rank and mIoU, or ''
+    "The images that pictures of a run show (`ranked_images`)."
+    path = Path(run)/'shown'/'metrics.json'
+    found = read_json(path).get('images') if path.is_file() else None
+    return found or dict.fromkeys(data.ids[:len(RANKS)], '')
 
 # %% ../nbs/39_pipeline.ipynb #17c9f3f6
 def trained_segmenter(

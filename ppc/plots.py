@@ -7,10 +7,12 @@ __all__ = ['colour_mask', 'colour_cam', 'image_grid', 'threshold_curves', 'loss_
 
 # %% ../nbs/03_plots.ipynb #ef3d8ed3
 import math
+from collections.abc import Sequence
 from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from .data import voc_palette
 
@@ -40,11 +42,13 @@ def colour_cam(
     return (colours*strength*_BRIGHTEN).clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_plots.ipynb #bcacf2da
-_TITLE = .2  # height of the titles, in inches
+_TITLE, _LEGEND = .2, .3  # heights of the titles and of the legend, in inches
 
 def image_grid(
     columns: dict[str, list],  # title -> pictures, None = blank
     width: float = 4,          # of the figure, in inches
+    notes: Sequence[str] = (), # text in the corner of each picture of the first column
+    classes: Sequence[str] = (), # names, background first, for a legend of their colours
 ) -> plt.Figure:
     "Draws pictures in columns with titles, one row for each image."
     rows = max(len(pictures) for pictures in columns.values())
@@ -57,9 +61,24 @@ def image_grid(
         for ax, picture in zip(column, pictures):
             if picture is not None:
                 ax.imshow(picture, cmap='gray')
+    for ax, note in zip(axes[:, 0], notes):
+        ax.text(.03, .97, note, transform=ax.transAxes, va='top', fontsize=8, bbox=_NOTE)
+    below = _class_legend(fig, classes) if classes else 0
     top = 1 - _TITLE/fig.get_figheight()
-    fig.subplots_adjust(wspace=.04, hspace=.04, left=0, right=1, bottom=0, top=top)
+    fig.subplots_adjust(wspace=.04, hspace=.04, left=0, right=1, bottom=below, top=top)
     return fig
+
+# %% ../nbs/03_plots.ipynb #f9ccf3b6
+_NOTE = dict(boxstyle='square,pad=.2', facecolor='white', edgecolor='none', alpha=.8)
+
+def _class_legend(fig, classes):
+    "A legend below the pictures; the share of the figure's height that it takes."
+    colours = voc_palette()[:len(classes)]/255
+    patches = [Patch(color=c, label=name) for c, name in zip(colours, classes)]
+    height = fig.get_figheight()
+    fig.set_figheight(height + _LEGEND)
+    fig.legend(handles=patches, loc='lower center', ncol=8, fontsize=8, frameon=False)
+    return _LEGEND/(height + _LEGEND)
 
 # %% ../nbs/03_plots.ipynb #d8f3c7c9
 _CURVE_SIZE = 3.5, 2.2  # inches

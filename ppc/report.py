@@ -26,10 +26,10 @@ from PIL import Image
 from .data import DataError, TagFolder, atomic, read_mask
 from .inference import read_cam
 from .parameters import Config, modern
-from .pipeline import pictured_stages, run_stages
+from .pipeline import pictured_stages, run_stages, shown_images
 from .plots import colour_cam, colour_mask, loss_curves, threshold_curves
 from .training import read_log
-from .work import SHOWN, read_json
+from .work import RANKS, read_json
 
 # %% ../nbs/47_report.ipynb #b056ba94
 class Run(NamedTuple):
@@ -354,13 +354,14 @@ def draw_mask(file: Path) -> np.ndarray:  # (H, W, 3) uint8
 
 # %% ../nbs/47_report.ipynb #4809d56b
 def gallery(run: Run) -> HtmlTable | None:
-    "The first images through every stage; None where the dataset is not at hand."
+    "Some images through every stage; None where the dataset is not at hand."
     root = Path(run.parameters.get('data') or run.folder/'scenes')
     if not (root/'JPEGImages').is_dir():
         return None
     data = TagFolder(root, run.parameters.get('seed_split', 'train'))
-    pick = range(min(SHOWN, len(data)))
-    ids = [data.ids[i] for i in pick]
+    images = shown_images(run.folder, data)
+    ids = [i for i in images if i in data.ids]
+    pick = [data.ids.index(i) for i in ids]
     tags = [' '.join(c for c, t in zip(data.classes[1:], data.tags[i]) if t) or 'no tag'
             for i in pick]
     shown = {'image': [thumbnail(data.image(i, EDGE), f'{data.ids[i]}: {tags[i]}') for i in pick]}
@@ -368,8 +369,9 @@ def gallery(run: Run) -> HtmlTable | None:
         truth = {i: colour_mask(data.mask(i)) for i in pick}
         shown['truth'] = [thumbnail(truth[i], f'true mask of {data.ids[i]}', True) for i in pick]
     shown |= picture_columns(run, ids)
-    rows = [list(row) for row in zip(tags, *shown.values())]
-    return HtmlTable('The first images through every stage', ['tags', *shown], rows)
+    names = [f'{i}: {images[i]}' if images[i] else i for i in ids]
+    rows = [list(row) for row in zip(names, tags, *shown.values())]
+    return HtmlTable('Images through every stage', ['name', 'tags', *shown], rows)
 
 # %% ../nbs/47_report.ipynb #cf111d8f
 TEMPLATES = Environment(

@@ -81,10 +81,10 @@ def _body(draw, rng, x, y, rx, ry, coat, pattern):
             _ellipse(draw, x+t*rx, y+rng.uniform(-.5, .5)*h, .1*rx, .1*rx, darker)
 
 # %% ../nbs/01_scenes.ipynb #cc245035
-def _animal(layers, rng, c, x, y, size, facing):
+def _animal(layers, rng, c, x, y, size, facing, coats):
     rx, ry = size, size*rng.uniform(.5, .65)
     face_x, face_y, face_r = x + facing*rx, y - ry*rng.uniform(.6, 1.), size*.42
-    colour, pattern = COATS[c-1 if rng.random() < .5 else rng.integers(len(COATS))]
+    colour, pattern = COATS[c-1 if rng.random() < coats else rng.integers(len(COATS))]
     coat = _jitter(rng, colour, 12)
     seed = rng.integers(2**32)
     for layer, body_fill, face_fill in zip(layers, (None, c, 2), (None, c, 1)):
@@ -134,6 +134,8 @@ def _clutter(draw, rng, side):
 # %% ../nbs/01_scenes.ipynb #3e041bd8
 def scene(
     rng: np.random.Generator,
+    coats: float = .5,  # how often an animal has the coat of its class, not any: 0..1
+    zoom: float = 1,  # factor on the size of animals
 ) -> tuple[np.ndarray, ...]:  # image (128, 128, 3), mask and parts (128, 128), all uint8
     "Draw one scene; in the map of parts 1 is a face, 2 a body."
     side = SIDE*SCALE
@@ -144,9 +146,9 @@ def scene(
     n = len(animals)
     xs = rng.permutation(n) + rng.uniform(.25, .75, n)
     for c, x in zip(animals, xs):
-        size = rng.uniform(.21, .32)*side/n**.35
+        size = zoom*rng.uniform(.21, .32)*side/n**.35
         y = rng.uniform(.35, .7)*side
-        _animal([image, mask, parts], rng, int(c), x*side/n, y, size, rng.choice([-1, 1]))
+        _animal([image, mask, parts], rng, int(c), x*side/n, y, size, rng.choice([-1, 1]), coats)
     return _photograph(rng, image, SIDE), _shrink(mask), _shrink(parts)
 
 # %% ../nbs/01_scenes.ipynb #a01a3d94
@@ -157,8 +159,11 @@ def _photograph(rng, image, side):
 def _shrink(layer): return np.asarray(layer.resize((SIDE, SIDE), Image.NEAREST))
 
 # %% ../nbs/01_scenes.ipynb #d8da9b1b
-def closeup(rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    "Draw one animal from close by: image (64, 64, 3) uint8, and its class number."
+def closeup(
+    rng: np.random.Generator,
+    coats: float = .5,  # as in `scene`
+) -> tuple[np.ndarray, int]:  # image (64, 64, 3) uint8, class number
+    "Draw one animal from close by."
     side = SIDE*SCALE//2
     c = int(rng.integers(1, len(CLASSES)))
     facing = rng.choice([-1, 1])
@@ -166,7 +171,7 @@ def closeup(rng: np.random.Generator) -> tuple[np.ndarray, int]:
     size = rng.uniform(.15, .32)*SIDE*SCALE
     face_x, face_y = rng.uniform(.3, .7, 2)*side
     _clutter(ImageDraw.Draw(image), rng, side)
-    _animal([image], rng, c, face_x - facing*size, face_y + .45*size, size, facing)
+    _animal([image], rng, c, face_x - facing*size, face_y + .45*size, size, facing, coats)
     return _photograph(rng, image, SIDE//2), c
 
 # %% ../nbs/01_scenes.ipynb #e38f4684
@@ -190,18 +195,22 @@ def make_scenes(
     val: int = 200,  # number of validation scenes
     seed: int = 0,  # same seed, same bytes
     quality: float = .8,  # of the saliency maps, 0..1
+    coats: float = .5,  # as in `scene`
+    zoom: float = 1,  # as in `scene`
 ) -> Path:  # `root`
     "Write a dataset of scenes. Raises `ValueError` when `root` holds something else."
-    return _make(root, _write_scenes, dict(train=train, val=val, seed=seed, quality=quality))
+    settings = dict(train=train, val=val, seed=seed, quality=quality, coats=coats, zoom=zoom)
+    return _make(root, _write_scenes, settings)
 
 # %% ../nbs/01_scenes.ipynb #242b23a9
 def make_closeups(
     root: Path | str,  # folder to make
     train: int = 2400,  # number of close-ups
     seed: int = 0,  # same seed, same bytes
+    coats: float = .5,  # as in `scene`
 ) -> Path:  # `root`
     "Write close-ups, without masks. Raises `ValueError` when `root` holds something else."
-    return _make(root, _write_closeups, dict(train=train, seed=seed))
+    return _make(root, _write_closeups, dict(train=train, seed=seed, coats=coats))
 
 # %% ../nbs/01_scenes.ipynb #ebbdb00a
 def _make(root, write, settings):
@@ -228,12 +237,12 @@ def _check_settings(root, settings):
     except (OSError, ValueError):
         raise ValueError(
             f'{root} exists and holds nothing generated: choose another folder.') from None
-    if found != settings:
+    if {'coats': .5, 'zoom': 1, **found} != {'zoom': 1, **settings}:  # older ones lack them
         raise ValueError(
             f'{root} was made with {found}, asked for is {settings}: choose another folder.')
 
 # %% ../nbs/01_scenes.ipynb #76d5eb13
-def _write_scenes(root, train, val, seed, quality):
+def _write_scenes(root, train, val, seed, quality, **look):
     for folder in ['SegmentationClass', 'Saliency', 'Parts', 'ImageSets']:
         (root/folder).mkdir()
     rows = []
@@ -241,14 +250,15 @@ def _write_scenes(root, train, val, seed, quality):
         ids = [f'{split}{i:05}' for i in range(n)]
         (root/'ImageSets'/f'{split}.txt').write_text('\n'.join(ids) + '\n')
         for i, name in enumerate(ids):
-            rows.append(_write_scene(root, name, np.random.default_rng([seed, k, i]), quality))
+            rng = np.random.default_rng([seed, k, i])
+            rows.append(_write_scene(root, name, rng, quality, look))
     source = f'drawn from the masks by ppc.scenes, quality {quality}\n'
     (root/'Saliency'/'SOURCE.txt').write_text(source)
     return rows
 
 # %% ../nbs/01_scenes.ipynb #c1d50ae7
-def _write_scene(root, name, rng, quality):
-    image, mask, parts = scene(rng)
+def _write_scene(root, name, rng, quality, look):
+    image, mask, parts = scene(rng, **look)
     Image.fromarray(image).save(root/'JPEGImages'/f'{name}.jpg', quality=92)
     Image.fromarray(saliency(mask, rng, quality)).save(root/'Saliency'/f'{name}.png')
     Image.fromarray(parts).save(root/'Parts'/f'{name}.png')
@@ -256,10 +266,10 @@ def _write_scene(root, name, rng, quality):
     return f'{name},{" ".join(CLASSES[c] for c in np.unique(mask) if c)}'
 
 # %% ../nbs/01_scenes.ipynb #aa064eb2
-def _write_closeups(root, train, seed):
+def _write_closeups(root, train, seed, coats):
     rows = []
     for i in range(train):
-        image, c = closeup(np.random.default_rng([seed, 9, i]))
+        image, c = closeup(np.random.default_rng([seed, 9, i]), coats)
         Image.fromarray(image).save(root/'JPEGImages'/f'closeup{i:05}.jpg', quality=92)
         rows.append(f'closeup{i:05},{CLASSES[c]}')
     return rows

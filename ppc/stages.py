@@ -28,6 +28,7 @@ from ppc.work import (
     affinity_options,
     choose_best,
     evaluate_seeds,
+    learns_closeups,
     make_affinity_labels,
     make_best_cams,
     make_cams,
@@ -176,7 +177,7 @@ CRF_READS = 'threshold', 'crf_power', 'crf_iterations'
 def start_stages(config: Config) -> list[Stage]:
     "What the networks of all methods begin with."
     c, found = config.cam, []
-    if c.backbone == 'tiny' and not c.weights and not config.run.data:
+    if learns_closeups(config):
         reads = 'pretrain_epochs', 'closeups', *FIT_READS
         batches = PRETRAIN_BATCH, c.pretrain_epochs
         found = [Stage('pretrain', pretrain, (), ('closeups',), reads, batches=batches)]
@@ -259,9 +260,11 @@ def segment_stages(config: Config, start: str | None) -> list[Stage]:
     needs = ('masks', start) if start else ('masks',)
     images, batches = (config.refine.mask_split,), (recipe.batch_size, recipe.epochs)
     found = [Stage('segmenter', work, needs, images, reads, **how, batches=batches)]
-    def test(name, work, split, **more):
-        found.append(Stage(name, work, ('segmenter',), (split,), (), **how, **more))
-    test('shown', segment_shown, 'shown', title='segmenter', shows='mask')
+    def test(name, work, split):
+        found.append(Stage(name, work, ('segmenter',), (split,), (), **how))
+    found.append(Stage(
+        'shown', segment_shown, ('segmenter', 'masks'), (config.seeds.seed_split,), (), **how,
+        title='segmenter', shows='mask'))
     if g.archive_split:
         test('archive', pack_archive, g.archive_split)
     if g.val_split:

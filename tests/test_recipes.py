@@ -106,7 +106,8 @@ def small_version(recipe):
     return recipe | {'epochs': 2} | short
 
 
-@pytest.mark.parametrize('name', [n for n in RECIPES if n != 'own_data'])  # test_readme has that
+# demo is run by test_package, own_data by test_readme
+@pytest.mark.parametrize('name', [n for n in RECIPES if n not in ('demo', 'own_data')])
 def test_recipes_from_end_to_end(name, datasets, tmp_path):
     recipe, root = small_version(read_recipe(name)), datasets[name.split('_')[0]]
     out, methods = recipe.pop('out'), recipe.pop('methods')
@@ -134,7 +135,7 @@ def test_recipes_are_parameters_of_the_notebook(name):
 
 def test_a_recipe_names_itself():
     "What its comments say to type is its own name, and no path of a repository."
-    assert RECIPES == ['coco_seam', 'own_data', 'voc_cam', 'voc_eps', 'voc_seam']
+    assert RECIPES == ['coco_seam', 'demo', 'own_data', 'voc_cam', 'voc_eps', 'voc_seam']
     for name in RECIPES:
         text = (cli.RECIPE_FOLDER/f'{name}.yaml').read_text()
         assert f'ppc run {name}\n' in text and 'recipes/' not in text
