@@ -37,7 +37,7 @@ class CamConfig:
     "Stages pretrain, warm and <method>/train (§3, §4.2)."
     train_split: str = 'train'  # images to learn from
     backbone: str = 'tiny'  # 'tiny', 'resnet38' (the paper's), 'resnet50', 'resnet101', any of timm
-    weights: str = ''  # 'hub', 'pip', 'IMAGENET1K_V1' (a resnet's first), a file, '' for random
+    weights: str = ''  # 'hub', 'pip', 'closeups' (tiny's), 'IMAGENET1K_V1', a file, '' for random
     output_stride: int = 8  # of the backbone: 8 or 16; tiny and resnet38 have 8
     dropout: float = 0.0  # on the last features, before both heads; the authors': 0.5
     pretrain_epochs: int = 1  # of the tiny backbone on close-ups, where it has no weights

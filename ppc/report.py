@@ -364,7 +364,8 @@ def gallery(run: Run) -> HtmlTable | None:
     pick = [data.ids.index(i) for i in ids]
     tags = [' '.join(c for c, t in zip(data.classes[1:], data.tags[i]) if t) or 'no tag'
             for i in pick]
-    shown = {'image': [thumbnail(data.image(i, EDGE), f'{data.ids[i]}: {tags[i]}') for i in pick]}
+    titles = [f'{name}: {words}' for name, words in zip(ids, tags)]
+    shown = {'image': [thumbnail(data.image(i, EDGE), t) for i, t in zip(pick, titles)]}
     if data.has_masks:
         truth = {i: colour_mask(data.mask(i)) for i in pick}
         shown['truth'] = [thumbnail(truth[i], f'true mask of {data.ids[i]}', True) for i in pick]

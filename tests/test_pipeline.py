@@ -24,7 +24,7 @@ from ppc.report import find_runs, gallery, report_page
 from ppc.stages import Stage, stages
 from ppc.training import read_log
 from ppc.weights import read_weights
-from ppc.work import Inputs, read_json, train_cam
+from ppc.work import RANKS, Inputs, read_json, train_cam
 
 pytestmark = pytest.mark.slow
 
@@ -352,7 +352,9 @@ def test_affinities_make_masks(walked, done, refine):
     labels, masks = ([read_mask(out/d/f'train{i:05}.png') for i in range(16)]
                      for d in ('affinity-labels', 'masks'))
     assert any((m == 255).any() for m in labels) and not any((m == 255).any() for m in masks)
-    assert len(list((out/'shown').glob('*.png'))) == 6
+    shown = json.loads((out/'shown'/'metrics.json').read_text())['images']
+    assert {f.stem for f in (out/'shown').glob('*.png')} == {*shown}
+    assert [rank.split(',')[0] for rank in shown.values()] == [*RANKS]
     assert (out/'archive'/'results.tgz').is_file()
 
 

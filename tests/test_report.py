@@ -28,7 +28,7 @@ TINY = dict(closeups=32, pretrain_epochs=1, batch_size=4, crop=64, resize=[64, 9
             seg_options=dict(batch_size=4, crop=64))
 RESULTS = 'What came out'
 CLASSES = 'IoU of each class, %'
-GALLERY = 'The first images through every stage'
+GALLERY = 'Images through every stage'
 EVERY_RUN = 'Every run: settings of its own, mIoU in %, time'
 OVER_SEEDS = 'Mean ± standard deviation over seeds, mIoU in %'
 
@@ -111,11 +111,14 @@ def test_pictures_are_those_of_the_files(done):
     found = parse(page).find_all('table')
     rows = next(t for t in found if t.caption.get_text() == GALLERY).find_all('tr')
     head = [th.get_text() for th in rows[0].find_all('th')]
-    assert head == ['tags', 'image', 'truth', 'cam', 'cam +CRF', 'segmenter'] and len(rows) == 7
-    data = TagFolder(out/'scenes')
-    for i, row in enumerate(rows[1:]):
+    assert head == ['name', 'tags', 'image', 'truth', 'cam', 'cam +CRF', 'segmenter']
+    data, ranked = TagFolder(out/'scenes'), json.loads((out/'shown'/'metrics.json').read_text())
+    assert len(ranked['images']) == len(rows) - 1 == 5
+    for (name, rank), row in zip(ranked['images'].items(), rows[1:]):
+        i = data.ids.index(name)
         image, truth, cam, crf, segmenter = row.find_all('img')
-        assert row.th.get_text() == ' '.join(np.array(data.classes[1:])[data.tags[i].numpy() > 0])
+        tags = ' '.join(np.array(data.classes[1:])[data.tags[i].numpy() > 0])
+        assert row.get_text(' ', strip=True).startswith(f'{name}: {rank} {tags}')
         shown, real = (np.asarray(im, dtype=int) for im in (picture(image), data.image(i)))
         assert np.abs(shown - real).mean() < 16  # a JPEG
         masks = [(truth, data.mask(i)),
@@ -212,7 +215,7 @@ def test_without_masks(mine, tmp_path):
     page = report_page(tmp_path/'run', tmp_path/'page.html')
     assert all(r[-1] == '–' for r in tables(page)[RESULTS][1:])
     assert 'nothing was compared with masks' in check_page(page).get_text()
-    assert tables(page)[GALLERY][0] == ['tags', 'image', 'cam', 'cam +CRF', 'segmenter']
+    assert tables(page)[GALLERY][0] == ['name', 'tags', 'image', 'cam', 'cam +CRF', 'segmenter']
 
 
 def test_no_run_and_damaged_runs(done, tmp_path):
@@ -220,7 +223,8 @@ def test_no_run_and_damaged_runs(done, tmp_path):
         with pytest.raises(DataError, match='no finished run'):
             report_page(root, tmp_path/'page.html')
     shutil.copytree(done[0], tmp_path/'tiny')
-    cam = tmp_path/'tiny'/'cam'/'cams-train'/'train00002.npz'
+    shown = json.loads((done[0]/'shown'/'metrics.json').read_text())['images']
+    cam = tmp_path/'tiny'/'cam'/'cams-train'/f'{next(iter(shown))}.npz'
     cam.write_bytes(cam.read_bytes()[:50])
     with pytest.raises(DataError, match=cam.name):
         report_page(tmp_path/'tiny', tmp_path/'page.html')
@@ -379,7 +383,7 @@ def check_in_browser(browser, page, width, dark=False):
 def test_one_run_in_a_browser(done, browser, width, dark):
     check_in_browser(browser, done[1], width, dark)
     assert browser.evaluate("document.querySelectorAll('table').length") == 5
-    assert browser.evaluate('document.images.length') == 6*5 + 4
+    assert browser.evaluate('document.images.length') == 5*5 + 4
     assert (browser.evaluate(RED_OF_PAPER) < 60) == dark
     assert browser.evaluate(CELLS_ARE_LOW)  # no column is squeezed to a word a line
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_backbones import SMALL, as_released, camnet, mxnet_names, randomise, write_params
 from torchvision import models
 from ppc import methods, sources, work
-from ppc.backbones import ResNet, ResNet38, Timm
+from ppc.backbones import TINY_START, ResNet, ResNet38, Timm, build_backbone
 from ppc.data import DataError
 from ppc.lite import LITE_FILES
 from ppc.methods import find_method
@@ -27,6 +27,7 @@ from ppc.sources import (
     file_of,
     hashes_of,
     known_source,
+    pretrain_tiny,
     required_starts,
     sources_table,
     start_for,
@@ -101,7 +102,7 @@ def test_what_is_known_is_well_formed():
     for s in WEIGHT_SOURCES:
         assert len(s.sha256) in (0, 8, 64) and len(s.md5) in (0, 32)
         assert not set(s.sha256 + s.md5) - set('0123456789abcdef')
-        assert s.backbone in ('resnet38', 'resnet50', 'resnet101', *LITE_FILES)
+        assert s.backbone in ('resnet38', 'resnet50', 'resnet101', 'tiny', *LITE_FILES)
         assert s.learned and s.where
         assert not s.file.startswith('/')
         if len(s.sha256) == 8:
@@ -119,7 +120,8 @@ def test_torchvisions_files_are_those_that_the_networks_ask_for(name, monkeypatc
     for served in ('hub', 'IMAGENET1K_V1'):
         with torch.device('meta'):
             ResNet(name, 16, served)
-    files = {(s.backbone, s.served): s.file for s in WEIGHT_SOURCES if s.served != 'pip'}
+    served = [s for s in WEIGHT_SOURCES if s.served in ('hub', 'IMAGENET1K_V1')]
+    files = {(s.backbone, s.served): s.file for s in served}
     assert asked == [files[name, 'hub'], files[name, 'IMAGENET1K_V1']]
 
 
@@ -383,7 +385,7 @@ def test_nothing_else_is_fetched(name, monkeypatch):
         fetch(start_for(name))
 
 
-@pytest.mark.parametrize('name', ['', 'tiny', 'resnet', 'no such network', '../x.pth'])
+@pytest.mark.parametrize('name', ['', 'small', 'resnet', 'no such network', '../x.pth'])
 def test_unknown_names(name):
     with pytest.raises(DataError, match='none of the known files'):
         start_for(name)
@@ -473,3 +475,24 @@ def test_other_refusals(small, tmp_path):
     with pytest.raises(DataError, match=r'should end in \.safetensors'):
         convert(tmp_path/'cut.params', tmp_path/PARAMS)
     assert (tmp_path/PARAMS).read_bytes() == whole and not (tmp_path/'r38.safetensors').exists()
+
+
+# --- the tiny network's start ---------------------------------------------------------------------
+
+def test_the_packages_start_is_the_recorded_one():
+    start = Start('', 'tiny', 'closeups', 8)
+    assert start_for('tiny') == Start('', 'tiny', 'closeups')
+    assert check_start(start) == 'there, SHA-256 fits, tensors fit'
+    assert TINY_START.stat().st_size < 2*2**20
+    assert conversion_record(TINY_START) == {'closeups': '20000', 'epochs': '2', 'seed': '99'}
+
+
+@pytest.mark.slow
+def test_a_start_is_made_from_close_ups(tmp_path):
+    record = pretrain_tiny(tmp_path/'tiny.safetensors', closeups=64, epochs=1, seed=3)
+    assert conversion_record(tmp_path/'tiny.safetensors') == record
+    assert record == {'closeups': '64', 'epochs': '1', 'seed': '3'}
+    state = load_file(tmp_path/'tiny.safetensors')
+    assert state.keys() == load_file(TINY_START).keys()
+    net = build_backbone('tiny', 8, str(tmp_path/'tiny.safetensors'))
+    assert all(torch.equal(v, state[f'backbone.{k}']) for k, v in net.state_dict().items())

@@ -1,0 +1,64 @@
+"Which images a run shows, and what stands on the picture."
+import numpy as np
+import pytest
+import torch
+from ppc.data import TagFolder, write_mask
+from ppc.plots import image_grid
+from ppc.work import RANKS, first_images, ranked_images, some_images
+
+
+@pytest.fixture
+def data(scenes):
+    return TagFolder(scenes, 'train')
+
+
+def test_images_by_name_have_their_tags(data):
+    names = [data.ids[5], data.ids[2]]
+    few = some_images(data, names)
+    assert few.ids == names and torch.equal(few.tags, data.tags[[5, 2]])
+    assert (few.mask(0) == data.mask(5)).all() and len(data) == 16
+    assert first_images(data, 3).ids == data.ids[:3]
+
+
+def test_the_best_and_the_worst_are_shown(data, tmp_path):
+    "Of each true mask a share of the foreground is erased."
+    order, score = [7, 0, 3, 11, 5, 1, 15, 2, 9, 4, 13, 6, 8, 12, 10, 14], {}
+    for rank, i in enumerate(order):
+        truth = data.mask(i)
+        mask, pixels = truth.copy(), np.flatnonzero(truth)
+        mask.flat[pixels[:len(pixels)*rank//15]] = 0
+        write_mask(tmp_path/f'{data.ids[i]}.png', mask)
+        ious = [((truth == c) & (mask == c)).sum()/((truth == c) | (mask == c)).sum()
+                for c in np.unique(truth)]
+        score[data.ids[i]] = 100*np.mean(ious)
+    shown = ranked_images(data, tmp_path)
+    assert [rank.split(',')[0] for rank in shown.values()] == [*RANKS]
+    assert shown[data.ids[7]] == 'best, 100 %'
+    ranked = sorted(score, key=lambda i: -score[i])
+    assert list(shown) == [ranked[k] for k in (0, 4, 8, 11, 15)]
+    assert [rank.split(', ')[1] for rank in shown.values()] == [f'{score[i]:.0f} %' for i in shown]
+
+
+def test_without_truth_the_first_are_shown(data, tmp_path):
+    assert ranked_images(data, tmp_path) == dict.fromkeys(data.ids[:5], '')
+
+
+def test_few_images_are_shown_once(data, tmp_path):
+    few = first_images(data, 2)
+    for i in range(2):
+        write_mask(tmp_path/f'{few.ids[i]}.png', few.mask(i))
+    assert {*ranked_images(few, tmp_path)} == {*few.ids}
+
+
+def test_a_grid_has_its_notes_and_a_legend_below_the_pictures():
+    pictures = [np.zeros((8, 8, 3), np.uint8)]*2
+    figure = image_grid({'image': pictures, 'mask': pictures}, 4, ['cat', 'fox'],
+                        ['background', 'cat', 'fox'])
+    figure.canvas.draw()
+    left = [ax for ax in figure.axes if ax.get_position().x0 < .1]
+    assert [ax.texts[0].get_text() for ax in left] == ['cat', 'fox']
+    legend, = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ['background', 'cat', 'fox']
+    box = legend.get_window_extent()
+    assert box.y1 <= min(ax.get_window_extent().y0 for ax in figure.axes) + 2
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
