@@ -24,7 +24,7 @@ Names below are imported when they are first used.
 
 from importlib import import_module
 
-__version__ = '0.2.0'
+__version__ = '0.3.0'
 
 _MODULES = {
     'cam': ['CamNet', 'Maps', 'class_loss', 'confidences', 'normalise_maps', 'pseudo_labels'],

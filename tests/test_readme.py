@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
-from ppc.cli import app, recipe_names
+from ppc.cli import app, find_recipe, read_yaml, recipe_names
 from ppc.data import TagFolder, read_mask
-from ppc.methods import DEFAULT_METHODS
 from ppc.scenes import scene
 from ppc.sweeps import grid, runs, sweep
 from ppc.tables import collect_numbers, over_seeds, read_table, update_tables
@@ -101,34 +100,35 @@ def test_commands_of_the_papers_runs_exist():
             assert option in text, line
 
 
+def mean_std(values):
+    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
+
+
 def markdown_table(title, rows):
     "A README table of a number per seed, with mean and standard deviation."
-    lines = [f'| {title} | seed 0 | seed 1 | seed 2 | mean ± std |', '|---|---|---|---|---|']
+    seeds = range(len(next(iter(rows.values()))))
+    lines = [f'| {title} | {" | ".join(f"seed {s}" for s in seeds)} | mean ± std |',
+             '|---'*(len(seeds) + 2) + '|']
     for name, values in rows.items():
         each = ' | '.join(f'{round(x, 1) + 0:.1f}' for x in values)   # + 0: no minus before 0.0
-        mean, std = statistics.mean(values), statistics.stdev(values)
-        lines.append(f'| {name} | {each} | {mean:.1f} ± {std:.1f} |')
+        lines.append(f'| {name} | {each} | {mean_std(values)} |')
     return '\n'.join(lines)
 
 
-def seed_table(demo):
-    "The mIoU of the seeds of each method, and what the contrast adds to it."
-    seeds = {m: [r['seed_miou'][m] for r in demo] for m in DEFAULT_METHODS}
-    gains = {f'seam+ppc minus {m}': [a - b for a, b in zip(seeds['seam+ppc'], seeds[m])]
-             for m in DEFAULT_METHODS[:2]}
-    return markdown_table('seed mIoU, %', seeds | gains)
-
-
-def mask_table(demo, irn):
-    "The mIoU of what is made of the best seeds."
-    assert [r['best'] for r in irn] == [r['best'] for r in demo]
+def demo_table(demo):
+    "The mIoU of the seeds of each method, of pseudo masks and segmenter, and what each step adds."
+    cam, seam, ours = ([r['seed_miou'][m] for r in demo] for m in ('cam', 'seam', 'seam+ppc'))
+    masks = [r['mask_miou'] for r in demo]
+    def minus(a, b): return [x - y for x, y in zip(a, b)]
     return markdown_table('mIoU, %', {
-        'the best seeds': [r['seed_miou'][r['best']] for r in demo],
-        '+ CRF': [r['seed_crf_miou'][r['best']] for r in demo],
-        'PSA': [r['mask_miou'] for r in demo],
-        'IRN': [r['mask_miou'] for r in irn],
-        'segmenter on val, learned from PSA': [r['segmentation_miou'] for r in demo],
-        'segmenter on val, learned from IRN': [r['segmentation_miou'] for r in irn]})
+        'CAM': cam,
+        'SEAM': seam,
+        'SEAM + contrast': ours,
+        'its pseudo masks': masks,
+        'segmenter on val': [r['segmentation_miou'] for r in demo],
+        'SEAM minus CAM': minus(seam, cam),
+        'SEAM + contrast minus SEAM': minus(ours, seam),
+        'pseudo masks minus SEAM + contrast': minus(masks, ours)})
 
 
 def test_speeds_are_those_of_the_bench():
@@ -143,12 +143,25 @@ def test_speeds_are_those_of_the_bench():
     assert f'in {irn["extra_mb"]:.0f} MB where that takes {irn["dense_mb"]:.0f}' in README
 
 
-def test_results_are_those_of_the_runs():
-    "The README's tables report `ppc demo` with three seeds, and the same refined by IRN."
-    demo, irn = [*records('demo').values()], [*records('irn').values()]
-    assert len(demo) == len(irn) == 3
-    assert seed_table(demo) in README
-    assert mask_table(demo, irn) in README
+def test_the_demo_is_that_of_the_runs():
+    "The README's table reports `ppc demo` with five seeds, in their order."
+    demo = [*records('demo').values()]
+    assert [r['parameters']['seed'] for r in demo] == [0, 1, 2, 3, 4]
+    assert {r['best'] for r in demo} == {'seam+ppc'}
+    assert demo_table(demo) in README
+    recipe = read_yaml(find_recipe('demo'))
+    for r in demo:
+        assert all(r['parameters'][k] == v for k, v in recipe.items()
+                   if k not in ('out', 'methods', 'workers'))
+
+
+def test_the_harder_scenes_are_those_of_the_runs():
+    demo, irn = [*records('hard-scenes').values()], [*records('irn').values()]
+    assert len(demo) == len(irn) == 3 and [r['best'] for r in irn] == [r['best'] for r in demo]
+    seeds, crf = ([r[k][r['best']] for r in demo] for k in ('seed_miou', 'seed_crf_miou'))
+    psa, by_irn = ([r['mask_miou'] for r in found] for found in (demo, irn))
+    assert (f'{mean_std(seeds)} over three seeds, the CRF makes {mean_std(crf)}, '
+            f'PSA {mean_std(psa)} and IRN {mean_std(by_irn)}') in README
 
 
 def test_photographs_are_those_of_the_runs():

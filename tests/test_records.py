@@ -11,7 +11,7 @@ from ppc.sweeps import run_name, runs, sweep
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT/'runs'/'results'
 # no sweep made these: their settings were taken from their parameters
-BY_HAND = 'demo', 'irn', 'baselines', 'options', 'voc-animals'
+BY_HAND = 'demo', 'hard-scenes', 'irn', 'baselines', 'options', 'voc-animals'
 DIGESTS = {   # sweep -> number of runs, digest of their records
     'baselines': (3, '2ffbcdd919e1b70e96bd2b4391ae36c14641b340316d6b2dcac24c2ee60744d3'),
     'components': (63, 'e27b63a7acb645eca28f1a749f43941581c71a7ac6e03910e434f2b3cbb3ecb4'),
@@ -19,7 +19,8 @@ DIGESTS = {   # sweep -> number of runs, digest of their records
     'components-calm': (18, '4b55b3e046543dc493ca22eba784b310512c82a38a928ba50d09200507b0b0bd'),
     'components-short-animals':
         (18, '8dce749f3484cbe41d47114dcfca8a00dd97f07123f0cc9ec36ec7f99474d3af'),
-    'demo': (3, '4dd8ae97496e4310ea17ac949dccdf6c631a4c3b2aafea4189e2c8fec1d65a3e'),
+    'demo': (5, 'DIGEST'),
+    'hard-scenes': (3, '4dd8ae97496e4310ea17ac949dccdf6c631a4c3b2aafea4189e2c8fec1d65a3e'),
     'irn': (3, 'be33d7554db3183dd81448ee944a584b030ae974100fb70d7c64debcbec443a7'),
     'k': (18, '5d48dec5fee01b390c794b6019812abd9efeb65839bc257177ba7c57a510a1db'),
     'k-animals': (4, '065553951f4a06f88fcd60aeda50e86eb6c7d789704afe5df7c073d6612c43f7'),
