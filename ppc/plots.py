@@ -47,7 +47,8 @@ _TITLE, _LEGEND = .2, .3  # heights of the titles and of the legend, in inches
 def image_grid(
     columns: dict[str, list],  # title -> pictures, None = blank
     width: float = 4,          # of the figure, in inches
-    notes: Sequence[str] = (), # text in the corner of each picture of the first column
+    notes: Sequence[str] = (), # text on each picture of the first column
+    names: Sequence[str] = (), # text beside each row
     classes: Sequence[str] = (), # names, background first, for a legend of their colours
 ) -> plt.Figure:
     "Draws pictures in columns with titles, one row for each image."
@@ -63,12 +64,16 @@ def image_grid(
                 ax.imshow(picture, cmap='gray')
     for ax, note in zip(axes[:, 0], notes):
         ax.text(.03, .97, note, transform=ax.transAxes, va='top', fontsize=8, bbox=_NOTE)
+    for ax, name in zip(axes[:, 0], names):
+        ax.text(-.04, .5, name, transform=ax.transAxes, rotation=90, ha='right', va='center',
+                fontsize=8)
+    left = _TITLE/width if names else 0
     below = _class_legend(fig, classes) if classes else 0
     top = 1 - _TITLE/fig.get_figheight()
-    fig.subplots_adjust(wspace=.04, hspace=.04, left=0, right=1, bottom=below, top=top)
+    fig.subplots_adjust(wspace=.04, hspace=.04, left=left, right=1, bottom=below, top=top)
     return fig
 
-# %% ../nbs/03_plots.ipynb #f9ccf3b6
+# %% ../nbs/03_plots.ipynb #9ccf3b64
 _NOTE = dict(boxstyle='square,pad=.2', facecolor='white', edgecolor='none', alpha=.8)
 
 def _class_legend(fig, classes):

@@ -110,3 +110,15 @@ def test_no_module_imports_what_only_unix_has(site):
     for file in (site/'ppc').glob('*.py'):
         for line in file.read_text(encoding='utf-8').splitlines():
             assert line not in [f'import {name}' for name in unix], (file.name, line)
+
+
+def test_the_command_spins_briefly(site, tmp_path):
+    "Set before torch is loaded, where the user has not set it."
+    code = 'import os, runpy, sys; sys.argv = ["ppc", "recipe"]\n'
+    code += 'try: runpy.run_module("ppc", run_name="__main__")\n'
+    code += 'finally: print(os.environ["GOMP_SPINCOUNT"])'
+    for given, want in (({}, '1000'), ({'GOMP_SPINCOUNT': '7'}, '7')):
+        env = {**os.environ, 'PYTHONPATH': str(site), **given}
+        done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env,
+                              capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == want and 'own_data' in done.stdout, done.stderr

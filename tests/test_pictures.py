@@ -53,10 +53,11 @@ def test_few_images_are_shown_once(data, tmp_path):
 def test_a_grid_has_its_notes_and_a_legend_below_the_pictures():
     pictures = [np.zeros((8, 8, 3), np.uint8)]*2
     figure = image_grid({'image': pictures, 'mask': pictures}, 4, ['cat', 'fox'],
-                        ['background', 'cat', 'fox'])
+                        ['one', 'two'], ['background', 'cat', 'fox'])
     figure.canvas.draw()
     left = [ax for ax in figure.axes if ax.get_position().x0 < .1]
-    assert [ax.texts[0].get_text() for ax in left] == ['cat', 'fox']
+    assert [[t.get_text() for t in ax.texts] for ax in left] == [['cat', 'one'], ['fox', 'two']]
+    assert all(ax.texts[1].get_window_extent().x0 >= 0 for ax in left)
     legend, = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ['background', 'cat', 'fox']
     box = legend.get_window_extent()

@@ -19,7 +19,7 @@ DIGESTS = {   # sweep -> number of runs, digest of their records
     'components-calm': (18, '4b55b3e046543dc493ca22eba784b310512c82a38a928ba50d09200507b0b0bd'),
     'components-short-animals':
         (18, '8dce749f3484cbe41d47114dcfca8a00dd97f07123f0cc9ec36ec7f99474d3af'),
-    'demo': (5, 'DIGEST'),
+    'demo': (5, 'cdfb37d9260fd140eefc3c5aa66b7c146ffc182013c68cbf58d82ff9396fd12f'),
     'hard-scenes': (3, '4dd8ae97496e4310ea17ac949dccdf6c631a4c3b2aafea4189e2c8fec1d65a3e'),
     'irn': (3, 'be33d7554db3183dd81448ee944a584b030ae974100fb70d7c64debcbec443a7'),
     'k': (18, '5d48dec5fee01b390c794b6019812abd9efeb65839bc257177ba7c57a510a1db'),
