@@ -42,13 +42,13 @@ def colour_cam(
     return (colours*strength*_BRIGHTEN).clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_plots.ipynb #bcacf2da
-_TITLE, _LEGEND = .2, .3  # heights of the titles and of the legend, in inches
+_TITLE, _LEGEND, _NAMES = .2, .3, .35  # inches that titles, legend and names of rows take
 
 def image_grid(
     columns: dict[str, list],  # title -> pictures, None = blank
     width: float = 4,          # of the figure, in inches
     notes: Sequence[str] = (), # text on each picture of the first column
-    names: Sequence[str] = (), # text beside each row
+    names: Sequence[str] = (), # text beside each row, of one or two lines
     classes: Sequence[str] = (), # names, background first, for a legend of their colours
 ) -> plt.Figure:
     "Draws pictures in columns with titles, one row for each image."
@@ -67,7 +67,7 @@ def image_grid(
     for ax, name in zip(axes[:, 0], names):
         ax.text(-.04, .5, name, transform=ax.transAxes, rotation=90, ha='right', va='center',
                 fontsize=8)
-    left = _TITLE/width if names else 0
+    left = _NAMES/width if names else 0
     below = _class_legend(fig, classes) if classes else 0
     top = 1 - _TITLE/fig.get_figheight()
     fig.subplots_adjust(wspace=.04, hspace=.04, left=left, right=1, bottom=below, top=top)
