@@ -31,7 +31,7 @@ docs: .venv/ready
 	rm -rf _docs
 	$(BIN)/python -c "from ppc.pages import book_pages; print('open', book_pages('nbs', '_docs')[0])"
 
-# After a change in nbs/: strip what execution leaves behind, then write the modules of ppc/ anew (__init__.py, recipes/ and templates/ are written by hand)
+# After a change in nbs/: strip what execution leaves behind, then write the modules of ppc/ anew (__init__.py, __main__.py, recipes/, templates/ and starts/ are not from there)
 export: .venv/ready
 	$(BIN)/nbdev_clean
 	rm -f ppc/[a-z]*.py

@@ -42,7 +42,7 @@ def colour_cam(
     return (colours*strength*_BRIGHTEN).clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03_plots.ipynb #bcacf2da
-_TITLE, _LEGEND, _NAMES = .2, .3, .35  # inches that titles, legend and names of rows take
+_TITLE, _NAMES = .2, .35  # inches that titles and names of rows take
 
 def image_grid(
     columns: dict[str, list],  # title -> pictures, None = blank
@@ -80,10 +80,13 @@ def _class_legend(fig, classes):
     "A legend below the pictures; the share of the figure's height that it takes."
     colours = voc_palette()[:len(classes)]/255
     patches = [Patch(color=c, label=name) for c, name in zip(colours, classes)]
-    height = fig.get_figheight()
-    fig.set_figheight(height + _LEGEND)
-    fig.legend(handles=patches, loc='lower center', ncol=8, fontsize=8, frameon=False)
-    return _LEGEND/(height + _LEGEND)
+    width, height = fig.get_size_inches()
+    longest = max(map(len, classes))
+    columns = max(1, int(width/(.6 + .07*longest)))
+    below = .1 + .2*math.ceil(len(classes)/columns)
+    fig.set_figheight(height + below)
+    fig.legend(handles=patches, loc='lower center', ncol=columns, fontsize=8, frameon=False)
+    return below/(height + below)
 
 # %% ../nbs/03_plots.ipynb #d8f3c7c9
 _CURVE_SIZE = 3.5, 2.2  # inches

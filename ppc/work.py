@@ -75,8 +75,8 @@ class Inputs:
 # %% ../nbs/37_work.ipynb #c07461e7
 def some_images(data: TagFolder, ids: Iterable[str]) -> TagFolder:
     "Some images of a list, by name."
-    few, ids = copy.copy(data), list(ids)
-    few.ids, few.tags = ids, data.tags[[data.ids.index(i) for i in ids]]
+    few, ids, places = copy.copy(data), list(ids), {name: i for i, name in enumerate(data.ids)}
+    few.ids, few.tags = ids, data.tags[[places[i] for i in ids]]
     return few
 
 def first_images(data: TagFolder, n: int) -> TagFolder:
@@ -93,14 +93,15 @@ def ranked_images(
     "The images that pictures show: of each of `RANKS` one, without true masks the first ones."
     if not (data.has_masks and all((masks/f'{i}.png').is_file() for i in data.ids)):
         return dict.fromkeys(data.ids[:len(RANKS)], '')
-    def score(i):
-        mask = read_mask(masks/f'{data.ids[i]}.png')
-        return 100*float(miou(confusion(data.mask(i), mask, len(data.classes))))
-    scores = [score(i) for i in range(len(data))]
-    order = sorted(range(len(data)), key=lambda i: -scores[i])
-    places = np.linspace(0, len(order) - 1, len(RANKS)).round().astype(int)
+    scores = {}
+    for i, name in enumerate(data.ids):
+        counts = confusion(data.mask(i), read_mask(masks/f'{name}.png'), len(data.classes))
+        if counts.any():   # not where all of the true mask is unknown
+            scores[name] = 100*float(miou(counts))
+    order = sorted(scores, key=lambda name: -scores[name])
+    places = np.linspace(0, len(order) - 1, len(RANKS)).round().astype(int) if order else []
     picked = {rank: order[place] for rank, place in zip(RANKS, places)}
-    return {data.ids[i]: f'{rank}, {scores[i]:.0f} %' for rank, i in picked.items()}
+    return {name: f'{rank}, {scores[name]:.0f} %' for rank, name in picked.items()}
 
 # %% ../nbs/37_work.ipynb #3b0934b2
 def write_json(path: Path | str, value: Any) -> None:

@@ -43,11 +43,30 @@ def test_without_truth_the_first_are_shown(data, tmp_path):
     assert ranked_images(data, tmp_path) == dict.fromkeys(data.ids[:5], '')
 
 
+def test_an_image_of_unknown_truth_has_no_rank(data, tmp_path, monkeypatch):
+    truth = [data.mask(i) for i in range(16)]
+    truth[3][:] = 255
+    monkeypatch.setattr(type(data), 'mask', lambda self, i: truth[i])
+    for name, mask in zip(data.ids, truth):
+        write_mask(tmp_path/f'{name}.png', np.where(mask == 255, 0, mask))
+    assert data.ids[3] not in ranked_images(data, tmp_path)
+
+
 def test_few_images_are_shown_once(data, tmp_path):
     few = first_images(data, 2)
     for i in range(2):
         write_mask(tmp_path/f'{few.ids[i]}.png', few.mask(i))
     assert {*ranked_images(few, tmp_path)} == {*few.ids}
+
+
+@pytest.mark.parametrize('classes', [2, 6, 20, 79])
+def test_a_legend_has_room_for_every_class(classes):
+    names = ['background', *(f'some class {i}' for i in range(classes))]
+    figure = image_grid({'image': [np.zeros((8, 8, 3), np.uint8)]}, 4, classes=names)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.y1 <= figure.axes[0].get_window_extent().y0 + 2
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
 
 
 def test_a_grid_has_its_notes_and_a_legend_below_the_pictures():
