@@ -319,6 +319,7 @@ def read_config(path: Path | str) -> Config:
 PARAMS = typer.Argument(..., help='YAML file of parameters, or the name of a recipe.')
 MORE = typer.Option(None, '-p', help='NAME=VALUE, goes before what the file says. Repeatable.')
 
+# %% ../nbs/49_cli.ipynb #b23e2707
 @app.command()
 def run(params: Path = PARAMS, p: list[str] | None = MORE) -> None:
     "Tags in, masks out, on your own folder: the run that PARAMS describes, in its folder `out`."
@@ -511,6 +512,8 @@ def convert(
 MODEL_HELP = ('Folder of a finished run (runs/mine: its segmenter, else its best CAM network), '
               'or of a method in it (runs/mine/seam+ppc); or imagenet, whose classifier needs no '
               'run, only --tag.')
+
+# %% ../nbs/49_cli.ipynb #52a6b214
 TAGS_FILE_HELP = ('For a CAM network: a CSV "image,tags". '
                   'Without it and --tag the classifier guesses.')
 LIMIT_HELP = 'Pixels of the longer edge at most; 0: any. Without it 1024; for imagenet 448.'

@@ -472,8 +472,8 @@ def test_every_parameter_is_read_by_a_stage_or_says_where_to_work():
     found = [s for refine in ('crf', 'psa') for s in stages(
         Config.from_flat(refine=refine, warm_epochs=1), ['eps+seam+ppc'])]
     resolved = {'preset', 'refine_options', 'recipe', 'seg_options'}  # in a stage's `options`
-    lists = {'data', 'scenes', 'saliency_quality', 'train_split', 'seed_split', 'mask_split',
-             'val_split', 'archive_split', 'crf'}  # lists, and which stages there are
+    lists = {'data', 'scenes', 'coats', 'zoom', 'saliency_quality', 'train_split', 'seed_split',
+             'mask_split', 'val_split', 'archive_split', 'crf'}  # lists, and which stages there are
     where = {'shared', 'workers', 'device'}
     assert {r for s in found for r in s.reads} | resolved | lists | where == {*Config().flat()}
 
