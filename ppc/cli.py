@@ -117,7 +117,7 @@ def run_summary(out: Path, metrics: dict) -> str:
     start = metrics['table'][0]['start']
     return '\n'.join([
         f'\nmIoU in percent; networks began: {start}',
-        table.to_string(index=False, na_rep='-'), '', *found])
+        table.to_string(index=False, na_rep='-'), '', *found, metrics.get('advice', '')]).rstrip()
 
 # %% ../nbs/49_cli.ipynb #85681e86
 app = typer.Typer(

@@ -220,6 +220,7 @@ class Recipe:
     weight_decay: float = 5e-4  # of the optimiser
     momentum: float = 0.9       # of SGD
     epochs: float = 18.9        # passes over the images: on VOC's 10,582 the authors' 20,000 steps
+    min_steps: int = 0          # further passes where these are fewer steps: for small folders
     batch_size: int = 10        # images per step
     resize: tuple[float, float] = (.5, 1.5)   # factor on the image's size, from..to
     crop: int = 448             # side of what the network sees, in pixels
@@ -311,7 +312,7 @@ def train_deeplab(
     transform = augmentation(recipe.resize, recipe.crop, recipe.jitter, relative=True)
     views = TrainingViews(folder, transform, seed, masks=masks)
     return fit(model, losses, views, optimizer, out, recipe.epochs, recipe.batch_size, seed,
-               **fit_options)
+               min_steps=recipe.min_steps, **fit_options)
 
 # %% ../nbs/36_deeplab.ipynb #d7c79ca8
 def logits_to_mask(

@@ -51,7 +51,8 @@ class CamConfig:
     map_stride: int = 4  # SEAM compares maps at the image's size divided by this; the authors': 1
     classifier: str = 'random'  # its first weights: 'random', as the authors', or 'zeros'
     pcm: str = 'learned'  # SEAM's features: 'learned', as the authors', or 'fixed' (13_seam)
-    epochs: int = 1  # how often each image is seen
+    epochs: int = 1  # how often each image is seen,
+    min_steps: int = 0  # more often where that would be fewer steps: for small folders
     batch_size: int = 8  # images per step and process
     optimizer: str = 'AdamW'  # any class of torch.optim
     lr: float = 1e-3  # learning rate of the backbone
@@ -78,7 +79,7 @@ class SeedConfig:
     seed_split: str = 'train'  # images whose seeds are evaluated
     scales: list = field(default_factory=lambda: [1.0])  # of the image; each also mirrored
     refined: bool = True  # seeds from the refined maps, where the method has them
-    threshold: float = 0.0  # of the background; 0: the best on seed_split's masks, 0.25 without any
+    threshold: float = 0.0  # of the background; 0: the best on seed_split's masks, else Otsu's
     crf: bool = True  # also the seeds + CRF of every method, for the table
     crf_power: float = 0.0  # 0: CRF on seeds; else on CAMs, background (1 - max)^crf_power (EPS: 8)
     crf_iterations: int = 10  # steps of its mean field (EPS: 5)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Plan', 'splits', 'generate', 'open_lists', 'plan', 'run', 'run_key', 'reported', 'walk', 'do_stage',
            'describe_stages', 'table_row', 'network_start', 'threshold_origin', 'seed_rows', 'later_rows', 'result',
-           'later_numbers', 'provenance', 'device_name', 'read_run', 'run_classes', 'run_stages', 'pictured_stages',
-           'shown_images', 'trained_segmenter']
+           'mask_advice', 'later_numbers', 'provenance', 'device_name', 'read_run', 'run_classes', 'run_stages',
+           'pictured_stages', 'shown_images', 'trained_segmenter']
 
 # %% ../nbs/39_pipeline.ipynb #d33868cf
 import inspect
@@ -29,6 +29,7 @@ from .scenes import make_closeups, make_scenes
 from .stages import Stage, run_stage, stage_folder, stage_keys, stages
 from .training import Batches, make_optimizer
 from ppc.work import (
+    LARGE,
     RANKS,
     Inputs,
     affinity_options,
@@ -217,7 +218,7 @@ def threshold_origin(p: Plan) -> str:
     split = p.config.seeds.seed_split
     if p.config.seeds.threshold:
         return 'given'
-    return f'best on {split}' if p.lists[split].has_masks else 'default'
+    return f'best on {split}' if p.lists[split].has_masks else "Otsu's rule"
 
 # %% ../nbs/39_pipeline.ipynb #ef87dc0d
 def seed_rows(p: Plan, found: dict) -> list[dict]:
@@ -271,10 +272,23 @@ def result(p: Plan, found: dict) -> dict:
         'seed_crf_iou': of_methods('crf', lambda m: m.get('iou')), 'table': rows}
     return about | (later_numbers(found) if 'masks' in found else {})
 
+def mask_advice(
+    large: float,  # share of pseudo masks that are nearly all object, as from `check_masks`
+    threshold: float,  # of the background
+) -> str:  # '' where there is nothing to say
+    "What to do where most masks cover their image."
+    if large <= .5:
+        return ''
+    return (f'In {100*large:.0f} % of the tagged images the pseudo mask covers more than '
+            f'{100*LARGE:.0f} % of the image: look at the masks. Unless the objects are as large, '
+            f'raise the threshold (here {threshold:g}), let training take more steps (min_steps), '
+            'and add images without any of the classes, with empty tags.')
+
 def later_numbers(found: dict) -> dict:
     "The numbers of pseudo masks and segmenter."
     masks, segmentation = (found.get(name, {}) for name in ('masks', 'segmentation'))
     return {
+        'advice': mask_advice(masks.get('large', 0), found['best']['threshold']),
         'best': found['best']['method'], 'mask_miou': masks['miou'], 'mask_iou': masks.get('iou'),
         'segmentation_miou': segmentation.get('miou'), 'segmentation_iou': segmentation.get('iou')}
 

@@ -59,8 +59,9 @@ def stage_rows(
             n = len(lists[s.splits[0]])
             row = {'stage': s.name, 'list': s.splits[0], 'images': n}
             if s.batches:
-                batch, epochs = s.batches
-                row |= {'batch': min(batch, n), 'steps': Batches(n, batch, epochs).steps}
+                batch, epochs, *least = s.batches
+                batches = Batches(n, batch, epochs, min_steps=sum(least))
+                row |= {'batch': batches.batch_size, 'steps': batches.steps}
             rows.append(row)
     return rows
 

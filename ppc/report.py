@@ -440,4 +440,6 @@ def _lead(runs, unfinished):  # the sentence below the title
     methods = dict.fromkeys(m for r in runs for m in r.methods)
     plural = 's' if len(runs) > 1 else ''
     lead = f'{len(runs)} finished run{plural} of {", ".join(methods)}.'
-    return lead + f' Not finished: {", ".join(unfinished)}.' if unfinished else lead
+    if unfinished:
+        lead += f' Not finished: {", ".join(unfinished)}.'
+    return ' '.join([lead, *filter(None, (r.metrics.get('advice') for r in runs))])

@@ -58,7 +58,7 @@ class Stage:
     splits: tuple[str, ...] = ()  # lists of images it reads, the one it works through first
     reads: tuple[str, ...] = ()  # parameters its result depends on
     options: dict = field(default_factory=dict)  # presets among them, resolved; in JSON's types
-    batches: tuple | None = None  # (batch size, epochs) where it learns
+    batches: tuple | None = None  # (batch size, epochs, perhaps least steps) where it learns
     title: str = ''  # of its pictures in the report
     shows: str = ''  # what its files are: 'cam' (<id>.npz) or 'mask' (<id>.png)
 
@@ -206,12 +206,12 @@ def method_stages(config: Config, method: Method, start: str | None) -> list[Sta
 
 # %% ../nbs/38_stages.ipynb #b03f8663
 def _train_stage(config, method, start):
-    reads = (*TRAIN_READS, 'epochs', 'ema', 'chance', *method.reads)
+    reads = (*TRAIN_READS, 'epochs', 'min_steps', 'ema', 'chance', *method.reads)
     reads += VIEW_READS if method.two_views else ()
     c, needs = config.cam, (start,) if start else ()
     return Stage(
         f'{method.name}/train', partial(train_cam, method=method, start=start), needs,
-        (c.train_split,), reads, batches=(c.batch_size, c.epochs))
+        (c.train_split,), reads, batches=(c.batch_size, c.epochs, c.min_steps))
 
 # %% ../nbs/38_stages.ipynb #30921cb3
 def mask_stages(config: Config, methods: list[Method], start: str | None) -> list[Stage]:
@@ -258,7 +258,8 @@ def segment_stages(config: Config, start: str | None) -> list[Stage]:
     reads = (*FIT_READS, *NETWORK_READS, 'segmenter', 'seg_backbone', 'seg_weights')
     work = partial(train_segmenter, start=start)
     needs = ('masks', start) if start else ('masks',)
-    images, batches = (config.refine.mask_split,), (recipe.batch_size, recipe.epochs)
+    images = (config.refine.mask_split,)
+    batches = recipe.batch_size, recipe.epochs, recipe.min_steps
     found = [Stage('segmenter', work, needs, images, reads, **how, batches=batches)]
     def test(name, work, split):
         found.append(Stage(name, work, ('segmenter',), (split,), (), **how))

@@ -37,13 +37,14 @@ class Batches:
         epochs: float,   # how often each is seen; the last time perhaps not all of them
         seed: int = 0,   # of the run
         start: int = 0,  # steps already done
+        min_steps: int = 0,  # further epochs where these are fewer steps
     ):
         if n < 1:
             raise ValueError('there are no images to learn from.')
         self.n, self.batch_size = n, min(batch_size, n)
         self.seed, self.start = seed, start
         self.per_epoch = n//self.batch_size
-        self.steps = max(1, round(self.per_epoch*epochs))
+        self.steps = max(1, min_steps, round(self.per_epoch*epochs))
 
     def __len__(self): return self.steps - self.start
 
@@ -270,17 +271,17 @@ def fit(
     device: str = 'auto',     # 'auto' or 'cpu'
     label: str = 'training',  # in front of the progress bar
     log_every: int = 0,       # steps; 0: two hundred lines a run
+    min_steps: int = 0,       # further epochs where these are fewer steps
 ) -> float:                   # seconds spent in this call
     "Train, or continue an earlier call. Raises `Stopped`, `FloatingPointError`, `DataError`."
     learner = _Learner(model, optimizer, out, precision, device, ema)
     start = _resume(learner)
-    batches = Batches(len(data), batch_size, epochs, seed, start*learner.processes)
+    batches = Batches(len(data), batch_size, epochs, seed, start*learner.processes, min_steps)
     steps, epoch = batches.steps//learner.processes, max(1, batches.per_epoch//learner.processes)
-    loader = learner.loader(data, batches, workers)
     finish = getattr(data, 'finish', dict)
     noise = seed if noise is None else noise
     with stop_signals() as stop, _log(learner, start, steps, batch_size, label, log_every) as log:
-        for step, batch in enumerate(loader, start + 1):
+        for step, batch in enumerate(learner.loader(data, batches, workers), start + 1):
             torch.manual_seed(derive_seed(noise, step, learner.process))
             poly(learner.optimizer, (step - 1)/steps, power)
             terms = losses(learner.model, {**finish(batch), 'progress': (step - 1)/steps})

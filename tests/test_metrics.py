@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ppc.metrics import ThresholdCurve, confusion, iou, miou
+from ppc.metrics import BINS, ThresholdCurve, confusion, iou, miou, otsu, score_counts
 
 
 def literal(cam, present, truth, thresholds, classes):
@@ -86,3 +86,42 @@ def test_hundred_times_faster_than_sixty_passes():
     fast = min(timed(one_pass) for _ in range(30))
     print(f'60 passes {slow:.3f} s, one pass {1000*fast:.1f} ms, ratio {slow/fast:.0f}')
     assert slow/fast >= 100
+
+
+def literal_otsu(counts):
+    "The variance between the groups at each cut, from the values themselves."
+    middles = (np.arange(len(counts)) + .5)/len(counts)
+    values = np.repeat(middles, counts)
+    cuts = np.arange(1, len(counts))/len(counts)
+    def between(cut):
+        low, high = values[values < cut], values[values >= cut]
+        if not len(low) or not len(high):
+            return 0
+        return len(low)*len(high)*(high.mean() - low.mean())**2/len(values)**2
+    return cuts, np.array([between(cut) for cut in cuts])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=30).filter(lambda n: sum(map(bool, n)) > 1))
+def test_otsu_cuts_where_the_variance_between_the_groups_is_largest(counts):
+    cuts, variance = literal_otsu(counts)
+    chosen = otsu(np.array(counts))
+    best = cuts[np.isclose(variance, variance.max(), rtol=1e-12, atol=0)]
+    assert best.min() - 1e-12 <= chosen <= best.max() + 1e-12
+
+
+def test_otsu_cuts_in_the_middle_of_a_gap():
+    counts = np.zeros(10)
+    counts[[0, 1, 8]] = 5, 5, 2
+    assert otsu(counts) == pytest.approx(.5)
+
+
+@pytest.mark.parametrize('counts', [np.zeros(BINS), np.eye(BINS)[3]])
+def test_otsu_needs_two_kinds_of_scores(counts):
+    with pytest.raises(ValueError, match='no threshold between'):
+        otsu(counts)
+
+
+def test_an_image_without_a_class_has_no_scores():
+    assert score_counts(np.zeros((0, 5, 5))).sum() == 0
+    assert score_counts(np.ones((2, 5, 5)))[-1] == 25

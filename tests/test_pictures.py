@@ -39,8 +39,19 @@ def test_the_best_and_the_worst_are_shown(data, tmp_path):
     assert [rank.split(', ')[1] for rank in shown.values()] == [f'{score[i]:.0f} %' for i in shown]
 
 
-def test_without_truth_the_first_are_shown(data, tmp_path):
+def test_without_masks_the_first_are_shown(data, tmp_path):
     assert ranked_images(data, tmp_path) == dict.fromkeys(data.ids[:5], '')
+
+
+def test_without_truth_the_largest_and_the_smallest_objects_are_shown(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(data), 'has_masks', False)
+    for n, name in enumerate(data.ids):
+        mask = np.zeros((20, 32), np.uint8)
+        mask.flat[:40*n] = 1
+        write_mask(tmp_path/f'{name}.png', mask)
+    shown = ranked_images(data, tmp_path)
+    assert list(shown) == [data.ids[k] for k in (15, 11, 7, 4, 0)]
+    assert [*shown.values()] == [f'{n} % object' for n in (94, 69, 44, 25, 0)]
 
 
 def test_an_image_of_unknown_truth_has_no_rank(data, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 from ppc import cli, planning, work
 from ppc.backbones import BACKBONES, Backbone, Tiny, build_backbone
+from ppc.cli import run_summary
 from ppc.data import DataError, TagFolder, read_mask
 from ppc.inference import group_by_size, read_cam
 from ppc.methods import CHANCE_SOURCES, INIT_PARTS, METHODS, Method, find_method, make_camnet
@@ -275,6 +276,18 @@ def test_bad_image_ends_before_training(mine, tmp_path, monkeypatch):
         run(tmp_path/'run', ['cam'], data=str(mine), **QUICK)
 
 
+@pytest.mark.parametrize('share, warns', [(-1, True), (1, False)])
+def test_masks_that_fill_their_images_are_warned_of(mine, tmp_path, monkeypatch, share, warns):
+    "Large is what is larger than this share: every mask, or none."
+    monkeypatch.setattr(work, 'LARGE', share)
+    shutil.rmtree(mine/'SegmentationClass')
+    settings = dict(QUICK, val_split='', segmenter='none')
+    result = run(tmp_path/'run', ['cam'], data=str(mine), **settings)
+    page = report_page(tmp_path/'run', tmp_path/'report.html').read_text()
+    for text in (result['advice'], run_summary(tmp_path/'run', result), page):
+        assert ('In 100 % of the tagged images the pseudo mask covers' in text) == warns
+
+
 @pytest.mark.parametrize('refine', ['none', 'crf', 'psa', 'irn'])
 def test_tags_only(mine, tmp_path, refine):
     "One's own photographs: no masks, no lists. Masks come out, numbers that need truth do not."
@@ -284,7 +297,7 @@ def test_tags_only(mine, tmp_path, refine):
     settings = dict(QUICK, val_split='', refine=refine, refine_options=options)
     result = run(tmp_path/'run', ['cam'], data=str(mine), **settings)
     assert result['seed_miou'] == result['seed_crf_miou'] == {'cam': None}
-    assert result['segmentation_miou'] is None and result['seed_threshold'] == {'cam': .25}
+    assert result['segmentation_miou'] is None and 0 < result['seed_threshold']['cam'] < 1
     assert len(list((tmp_path/'run'/'masks').glob('*.png'))) == 20
     assert all(row['miou'] is None and row['truth'] is None for row in result['table'])
 

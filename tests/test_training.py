@@ -138,6 +138,12 @@ def test_a_batch_has_at_most_all_images():
         Batches(0, 32, 1)
 
 
+@pytest.mark.parametrize('n, least, steps', [(60, 300, 300), (6000, 300, 750), (3, 7, 7)])
+def test_a_small_folder_is_seen_more_often(n, least, steps):
+    batches = Batches(n, 8, 1, min_steps=least)
+    assert len(list(batches)) == batches.steps == steps
+
+
 @pytest.mark.parametrize('spoil, words', [
     (lambda s: s.pop('conv3.0.0.weight'), 'lacks the tensor conv3.0.0.weight'),
     (lambda s: s.update(extra=torch.zeros(1)), 'extra'),
