@@ -173,7 +173,7 @@ def make_backbone(
     return backbone
 
 # %% ../nbs/29_methods.ipynb #08b39a14
-CLASSIFIERS = 'random', 'zeros'
+CLASSIFIERS = 'random', 'zeros', 'fitted'
 
 # %% ../nbs/29_methods.ipynb #5429299f
 def make_camnet(
@@ -186,7 +186,7 @@ def make_camnet(
     backbone = make_backbone(config, pretrained=pretrained)
     refine = method.refiner and method.refiner(backbone.channels, config)
     net = CamNet(backbone, classes, refine=refine, dropout=config.cam.dropout)
-    if config.cam.classifier == 'zeros':  # after all random numbers, so that the rest is as without
+    if config.cam.classifier != 'random':  # after all random numbers: the rest is as without
         nn.init.zeros_(net.classifier.weight)
     return net
 

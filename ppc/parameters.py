@@ -49,7 +49,7 @@ class CamConfig:
     rotate: float = 0.0  # turned by up to this many degrees,
     translate: int = 0  # and shifted by up to this many pixels of the source view (Table 7)
     map_stride: int = 4  # SEAM compares maps at the image's size divided by this; the authors': 1
-    classifier: str = 'random'  # its first weights: 'random', as the authors', or 'zeros'
+    classifier: str = 'random'  # its first weights: 'random', as the authors', 'zeros', or 'fitted'
     pcm: str = 'learned'  # SEAM's features: 'learned', as the authors', or 'fixed' (13_seam)
     epochs: int = 1  # how often each image is seen,
     min_steps: int = 0  # more often where that would be fewer steps: for small folders

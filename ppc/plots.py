@@ -81,11 +81,14 @@ def _class_legend(fig, classes):
     colours = voc_palette()[:len(classes)]/255
     patches = [Patch(color=c, label=name) for c, name in zip(colours, classes)]
     width, height = fig.get_size_inches()
-    longest = max(map(len, classes))
-    columns = max(1, int(width/(.6 + .07*longest)))
+    for columns in range(min(len(classes), int(2*width)), 0, -1):
+        legend = fig.legend(
+            handles=patches, loc='lower center', ncol=columns, fontsize=8, frameon=False)
+        if columns == 1 or legend.get_window_extent().width <= fig.bbox.width:
+            break
+        legend.remove()
     below = .1 + .2*math.ceil(len(classes)/columns)
     fig.set_figheight(height + below)
-    fig.legend(handles=patches, loc='lower center', ncol=columns, fontsize=8, frameon=False)
     return below/(height + below)
 
 # %% ../nbs/03_plots.ipynb #d8f3c7c9

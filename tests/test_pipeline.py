@@ -12,11 +12,12 @@ import yaml
 from filelock import FileLock
 from PIL import ExifTags, Image
 from safetensors.torch import save_file
+from torch.nn.functional import cosine_similarity, multilabel_soft_margin_loss
 from typer.testing import CliRunner
 from ppc import cli, planning, work
 from ppc.backbones import BACKBONES, Backbone, Tiny, build_backbone
 from ppc.cli import run_summary
-from ppc.data import DataError, TagFolder, read_mask
+from ppc.data import DataError, TagFolder, normalise, read_mask
 from ppc.inference import group_by_size, read_cam
 from ppc.methods import CHANCE_SOURCES, INIT_PARTS, METHODS, Method, find_method, make_camnet
 from ppc.parameters import Config, modern
@@ -25,7 +26,7 @@ from ppc.report import find_runs, gallery, report_page
 from ppc.stages import Stage, stages
 from ppc.training import read_log
 from ppc.weights import read_weights
-from ppc.work import RANKS, Inputs, read_json, train_cam
+from ppc.work import DECAY, RANKS, Inputs, fit_classifier, read_json, train_cam
 
 pytestmark = pytest.mark.slow
 
@@ -208,6 +209,40 @@ def test_a_method_may_begin_without_chance(scenes, tmp_path, method, same):
                             chance={'init': seed}) for seed in (0, 1))
     assert torch.equal(a['classifier.weight'], b['classifier.weight']) == same
     assert not any(k.startswith('refine.') for k in a)
+
+
+def test_a_fitted_classifier_is_at_the_minimum():
+    "The gradient of the penalised class loss is zero, and the loss below that of no weights."
+    torch.manual_seed(0)
+    tags = torch.randint(2, (40, 3)).float()
+    features = (tags@torch.rand(3, 16) + .3*torch.rand(40, 16))[:, None].repeat(1, 2, 1)
+    weight = fit_classifier(features, tags).requires_grad_()
+    scale, both = features.square().mean().sqrt(), tags.repeat_interleave(2, 0)
+    loss = multilabel_soft_margin_loss(features.flatten(0, 1)@weight.T, both)
+    gradient, = torch.autograd.grad(loss + DECAY*(weight*scale).square().sum(), weight)
+    assert gradient.abs().max() < 1e-4
+    assert loss < .9*multilabel_soft_margin_loss(torch.zeros_like(both), both)
+
+
+def test_a_classifier_may_begin_fitted(scenes, tmp_path):
+    "To the features of the backbone as it is, whatever the seed; the background's row is zero."
+    settings = dict(pcm='fixed', classifier='fitted', epochs=1, lr=1e-9)
+    torch.manual_seed(9)
+    net = make_camnet(Config.from_flat(**TRAINING, **settings), 3, find_method('cam'))
+    begun = {k: v for k, v in net.state_dict().items() if k.startswith('backbone.')}
+    save_file(begun, tmp_path/'weights.safetensors')
+    a, b = (trained_weights(tmp_path/f'{seed}', scenes, 'cam', tmp_path, **settings,
+                            chance={'init': seed}) for seed in (0, 1))
+    data = TagFolder(scenes)
+    with torch.no_grad():
+        last = [net.backbone.eval()(normalise(image)[None])[-1]
+                for image in map(data.image, range(len(data)))]
+    pooled = torch.stack([features.mean((0, 2, 3)) for features in last])
+    expected = fit_classifier(torch.stack([pooled, pooled], 1), data.tags)
+    found = a['classifier.weight'][1:, :, 0, 0]
+    assert torch.allclose(found, b['classifier.weight'][1:, :, 0, 0], atol=1e-5)
+    assert not a['classifier.weight'][0].abs().max() > 1e-5
+    assert cosine_similarity(found, expected).min() > .9
 
 
 def test_two_processes_do_not_share_a_run(scenes, tmp_path):
