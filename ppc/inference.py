@@ -48,7 +48,7 @@ def multi_scale_maps(
 
 def _at_once(size): return max(1, FORWARD_PIXELS//(size[0]*size[1]))
 
-# %% ../nbs/31_inference.ipynb #88cfcbb2
+# %% ../nbs/31_inference.ipynb #b88cfcbb
 SIZE_LIMIT = 1024  # pixels of the longer edge
 
 def limited_size(
@@ -60,7 +60,7 @@ def limited_size(
         return tuple(size)
     return tuple(max(1, round(n*limit/max(size))) for n in size)
 
-# %% ../nbs/31_inference.ipynb #071d1a7c
+# %% ../nbs/31_inference.ipynb #e071d1a7
 def shrunk(image: Image.Image, limit: int = SIZE_LIMIT) -> Image.Image:
     "An image at its `limited_size`."
     return _resized(image, limited_size(image.size, limit))
@@ -68,7 +68,7 @@ def shrunk(image: Image.Image, limit: int = SIZE_LIMIT) -> Image.Image:
 def _resized(image, size):
     return image if image.size == size else image.resize(size, Image.BICUBIC, reducing_gap=2)
 
-# %% ../nbs/31_inference.ipynb #ba7e69b1
+# %% ../nbs/31_inference.ipynb #0ba7e69b
 def enlarged(
     mask: np.ndarray,  # (h, w) uint8
     size: tuple[int, int],  # (width, height) of the photograph
@@ -78,7 +78,7 @@ def enlarged(
         return mask
     return np.array(Image.fromarray(mask).resize(size, Image.NEAREST))
 
-# %% ../nbs/31_inference.ipynb #e50197cf
+# %% ../nbs/31_inference.ipynb #fe50197c
 class LimitLongEdge(RandomLongEdge):
     "Shrink an image, and what belongs to it, to its `limited_size`."
     def __init__(self, limit: int = SIZE_LIMIT):
@@ -138,7 +138,7 @@ def read_cam(
         scores = resize(torch.from_numpy(scores)[None], own)[0].numpy()
     return scores, present
 
-# %% ../nbs/31_inference.ipynb #5d9fa103
+# %% ../nbs/31_inference.ipynb #35d9fa10
 def image_and_cam(
     photograph: Image.Image,  # RGB
     path: Path | str,         # of its CAM
@@ -174,7 +174,7 @@ def group_by_size(
         groups += [items[k:k + n] for k in range(0, len(items), n)]
     return groups
 
-# %% ../nbs/31_inference.ipynb #91bc682c
+# %% ../nbs/31_inference.ipynb #1bc682c2
 def largest_size(
     folder: TagFolder,
     limit: int = SIZE_LIMIT,  # of `limited_size`
@@ -183,7 +183,7 @@ def largest_size(
     sizes = {_upright_size(folder.files[i]) for i in folder.ids}
     return max((limited_size(size, limit) for size in sizes), key=math.prod)
 
-# %% ../nbs/31_inference.ipynb #aa11633c
+# %% ../nbs/31_inference.ipynb #2aa11633
 def image_batch(
     folder: TagFolder,
     group: Sequence[int],  # item numbers, as from `group_by_size`
@@ -229,7 +229,7 @@ def write_cams(
                 write_cam(out/f'{folder.ids[i]}.npz', scores.cpu(), present.cpu(), size)
             bar.update(len(group))
 
-# %% ../nbs/31_inference.ipynb #c36bf7a2
+# %% ../nbs/31_inference.ipynb #36bf7a22
 def _say_shrunk(folder, groups, limit):
     "How many photographs are larger than the limit."
     sizes = [_upright_size(folder.files[folder.ids[group[0]]]) for group in groups]
@@ -238,7 +238,7 @@ def _say_shrunk(folder, groups, limit):
         tqdm.write(f'{n} of {sum(map(len, groups))} photographs are larger than {limit} pixels: '
                    'they are shrunk to that (cam_size), and their masks enlarged.', sys.stderr)
 
-# %% ../nbs/31_inference.ipynb #0e49f61e
+# %% ../nbs/31_inference.ipynb #50e49f61
 class _Tally(TorchDispatchMode):
     "Counts the bytes of the tensors that are made while it is on, and their peak."
     def __init__(self, weights):
@@ -258,7 +258,7 @@ class _Tally(TorchDispatchMode):
     def _free(self, n):
         self.now -= n
 
-# %% ../nbs/31_inference.ipynb #51e2c1bc
+# %% ../nbs/31_inference.ipynb #451e2c1b
 def forward_memory(
     model: nn.Module,      # `CamNet` or `DeepLab`; is moved to the device meta
     size: tuple[int, int], # (H, W) of an image
@@ -274,7 +274,7 @@ def forward_memory(
         multi_scale_maps(maps, torch.zeros(1, 3, *size), scales)
     return sum(x.nbytes for x in weights) + tally.peak
 
-# %% ../nbs/31_inference.ipynb #ed0d33ca
+# %% ../nbs/31_inference.ipynb #ded0d33c
 _CGROUPS = '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'
 
 def memory_limit(

@@ -25,7 +25,7 @@ def confusion(
     t, p = (_class_numbers(x[known], classes) for x in (truth, pred))
     return np.bincount(t*classes + p, minlength=classes**2).reshape(classes, classes)
 
-# %% ../nbs/02_metrics.ipynb #f3c51fff
+# %% ../nbs/02_metrics.ipynb #7f3c51ff
 def _class_numbers(x, classes):
     "The numbers as int64; a number that is no class is refused, as it would count elsewhere."
     wrong = x[~((x >= 0) & (x < classes))]  # `~` also finds NaN

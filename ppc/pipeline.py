@@ -129,7 +129,7 @@ def _check_networks(lists, config):
     for o in (c, *learned):
         make_optimizer(o.optimizer, [torch.zeros(1)], o.momentum)
 
-# %% ../nbs/39_pipeline.ipynb #6cfc8b55
+# %% ../nbs/39_pipeline.ipynb #cfc8b552
 def memory_problems(
     methods: Iterable[Method], lists: dict[str, TagFolder], config: Config,
 ) -> list[str]:  # sentences

@@ -200,7 +200,7 @@ def mask_of(
     model: CamModel | SegmenterModel,  # of `load_model`
     image: Image.Image,  # RGB
     tags: list[str] | None = None,  # names of what is in it; None: guessed
-    limit: int | None = None,  # pixels; a longer edge is shrunk to it; 0: none; None: its run's
+    limit: int | None = None,  # pixels of the longer edge; 0: any; None: as in its run
 ) -> np.ndarray:  # (H, W) uint8, at the photograph's own size
     "The mask of a photograph of any size."
     small = shrunk(image, model.limit if limit is None else limit)

@@ -60,7 +60,7 @@ def all_gather_cat(
     "The tensors of all processes in their order, with gradients; one process has only its own."
     return torch.cat(all_gather(x.contiguous()), dim) if world_size() > 1 else x
 
-# %% ../nbs/20_prototypes.ipynb #a9db8f0a
+# %% ../nbs/20_prototypes.ipynb #9db8f0a3
 TIES = 'first', 'random', 'all'
 
 def _shuffled(v, m, y):
@@ -69,7 +69,7 @@ def _shuffled(v, m, y):
     v, m = (x.transpose(0, 1).flatten(1)[:, order][None, :, None] for x in (v, m))
     return v, m, y.flatten()[order][None, None]
 
-# %% ../nbs/20_prototypes.ipynb #43e0f086
+# %% ../nbs/20_prototypes.ipynb #3e0f0862
 def _shared_prototypes(v, m, y, k, assigned, unit):
     "Eq. 5 with a weight for every pixel: 1 above the K-th confidence, a share of the rest at it."
     m, v, y = m.transpose(0, 1).flatten(1), v.transpose(0, 1).flatten(1).t(), y.flatten()

@@ -60,7 +60,7 @@ class PCM(nn.Module):
         m = winner_take_all(cam.detach())
         return spread(m.flatten(2), self._unit(image, low_level, m.shape[-2:])).view_as(m)
 
-# %% ../nbs/13_seam.ipynb #39ea72b9
+# %% ../nbs/13_seam.ipynb #439ea72b
 AFFINITY_ENTRIES = 2**24  # of all images of a batch at once: 64 MB, and twice that beside it
 
 def affinity_columns(
@@ -71,7 +71,7 @@ def affinity_columns(
     a = F.relu(g.transpose(1, 2) @ part)
     return a/(a.sum(1, keepdim=True) + 1e-5)
 
-# %% ../nbs/13_seam.ipynb #177fd4ed
+# %% ../nbs/13_seam.ipynb #c177fd4e
 def spread(
     m: Tensor,  # maps (N, C+1, hw)
     g: Tensor,  # unit features (N, D, hw)
