@@ -149,10 +149,14 @@ def image_and_cam(
 
 # %% ../nbs/31_inference.ipynb #1a82fd3b
 def _upright_size(path):
-    "The (height, width) of an image as `read_image` turns it."
-    with Image.open(path) as image:
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        return image.size if on_its_side else image.size[::-1]
+    "The (height, width) of an image as `read_image` turns it. Raises `DataError`."
+    try:
+        with Image.open(path) as image:
+            on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size if on_its_side else image.size[::-1]
+    except Exception as e:  # Pillow's plugins raise many kinds
+        raise DataError(f'{path} cannot be read as an image ({e}): '
+                        'replace it or take it out of the lists.') from None
 
 # %% ../nbs/31_inference.ipynb #e8bf474a
 GROUP_PIXELS = 2**21  # of the images of a group, after they are shrunk; one image always fits

@@ -129,7 +129,6 @@ def test_transition_is_sparse():
     (dict(radius=0), 'radius is 0'),
     (dict(t=-1), 't is -1'),
     (dict(scores=torch.full((2, 6, 7), torch.nan)), 'NaN'),
-    (dict(affinity=torch.full((34, 6, 7), torch.nan)), 'NaN'),
     (dict(t=2.5), 't is 2.5'),
 ])
 def test_wrong_input_is_named(change, words):
