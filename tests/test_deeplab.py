@@ -431,7 +431,7 @@ def test_the_crf_gets_the_softmax(monkeypatch, odd_sizes, tmp_path):
         return np.roll(scores, 1, 0)
 
     monkeypatch.setattr(module, 'crf_scores', crf)
-    torch.manual_seed(0)   # no two best logits that differ by less than a softmax shows
+    torch.manual_seed(0)   # no pixel whose logits are all equal
     net = deeplab(Tiny(), 7, replace(RECIPE_SSC, width=8))
     write_predictions(net, odd_sizes, tmp_path/'plain', (1,))
     write_predictions(net, odd_sizes, tmp_path/'crf', (1,), pairwise=RECIPE_DLP.pairwise)
