@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'SUMMARY_COLUMNS', 'app', 'EXPECTED', 'data', 'DIR', 'TAGS_HELP', 'CLASSES_HELP', 'VOC_HELP', 'COCO_HELP',
            'MAPS_HELP', 'RECIPE_FOLDER', 'PARAMS', 'MORE', 'weights', 'FETCH_HELP', 'MODEL_HELP', 'TAGS_FILE_HELP',
-           'LIMIT_HELP', 'run_notebook', 'check_kernel', 'execute', 'run_summary', 'errors_as_sentences',
+           'LIMIT_HELP', 'EXPORT_HELP', 'run_notebook', 'check_kernel', 'execute', 'run_summary', 'errors_as_sentences',
            'pretrain_command', 'scenes', 'counts_text', 'folder', 'voc', 'coco', 'saliency', 'end_with', 'check',
            'recipe_names', 'find_recipe', 'read_yaml', 'read_parameters', 'read_config', 'run', 'demo', 'recipe',
            'plan', 'clock', 'plan_text', 'sweep', 'table', 'report', 'known_weights', 'source_text', 'needed_weights',
@@ -34,7 +34,6 @@ from .pipeline import device_name, trained_segmenter
 from .pipeline import run as run_pipeline
 from .planning import dry_run
 from ppc.predicting import (
-    IMAGENET_LIMIT,
     CamModel,
     Tags,
     find_photographs,
@@ -516,7 +515,8 @@ MODEL_HELP = ('Folder of a finished run (runs/mine: its segmenter, else its best
 # %% ../nbs/49_cli.ipynb #52a6b214
 TAGS_FILE_HELP = ('For a CAM network: a CSV "image,tags". '
                   'Without it and --tag the classifier guesses.')
-LIMIT_HELP = 'Pixels of the longer edge at most; 0: any. Without it 1024; for imagenet 448.'
+LIMIT_HELP = ('Pixels of the longer edge at most; 0: any. Without it cam_size of its run, which is '
+              '1024 where nothing else was said; for imagenet 448.')
 
 # %% ../nbs/49_cli.ipynb #7214395f
 def named_imagenet(
@@ -553,20 +553,22 @@ def predict(
     with errors_as_sentences():
         given = read_names(tags) if tags else tag or None
         if str(model) == 'imagenet':
-            network, size = named_imagenet(images, out, given, crf), IMAGENET_LIMIT
+            network = named_imagenet(images, out, given, crf)
         else:
-            network, size = load_model(model, crf), 1024
+            network = load_model(model, crf)
         typer.echo(network)
-        size = size if limit is None else limit
-        _, problems = predict_images(network, images, out, given, size)
+        _, problems = predict_images(network, images, out, given, limit)
         typer.echo(f'masks     {out}/masks\noverlays  {out}/overlays\nareas     {out}/areas.csv')
     end_with(problems)
 
 # %% ../nbs/49_cli.ipynb #ba7f0c36
+EXPORT_HELP = ('What to write: .onnx, or .pt2 for torch.export. Both take images whose sides are '
+               'longer than the output stride: 9 pixels or more at stride 8, 17 at 16.')
+
 @app.command()
 def export(
     run: Path = typer.Argument(..., help='Folder of a finished run.'),
-    file: Path = typer.Argument(..., help='What to write: .onnx, or .pt2 for torch.export.'),
+    file: Path = typer.Argument(..., help=EXPORT_HELP),
 ) -> None:
     "Write the segmentation network of a run: RGB bytes in, logits of the same size out."
     with errors_as_sentences():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .cam import background_map, fill_invalid, normalise_maps, pseudo_labels
 from .mining import hard_pixels, semi_hard_negatives
-from .prototypes import Prototypes, all_gather_cat, prototypes, world_size
+from .prototypes import TIES, Prototypes, all_gather_cat, prototypes, world_size
 from .views import View
 
 # %% ../nbs/22_contrast.ipynb #17d4bd3c
@@ -32,6 +32,7 @@ class Reading:
     assigned: bool = True  # prototypes come from pixels with that pseudo label, not from any pixel
     unit: bool = True  # embeddings have length 1 before the average of Eq. 5, not only after
     gradient: bool = True  # prototypes pass a gradient on
+    ties: str = 'first'  # which of equal confidences make a prototype: 'random', 'all' (20)
     absent: bool = False  # prototypes of classes in no image of the batch stay in the denominator
     negatives: str = 'random'  # in a view: half of the hardest 60 %; 'band': not the hardest; 'all'
     ranked: bool = False  # the positive is ranked among the negatives, and may be one of them
@@ -41,7 +42,8 @@ class Reading:
 
     CHOICES: ClassVar = {
         'norm': ('max', 'minmax'), 'background': ('rest', 'constant', 'lowest'),
-        'negatives': ('random', 'band', 'all'), 'pixels': ('hardest', 'band', 'all')}
+        'negatives': ('random', 'band', 'all'), 'pixels': ('hardest', 'band', 'all'),
+        'ties': TIES}
 
     def __post_init__(self):
         for name, choices in self.CHOICES.items():
@@ -107,7 +109,7 @@ def view_pixels(
     m, y = label_pixels(fill_invalid(view.cam, view.valid), tags, reading)
     if view.valid is not None:
         y = y.masked_fill(~view.valid[:, 0], -1)
-    options = reading.assigned, reading.unit, reading.gradient
+    options = reading.assigned, reading.unit, reading.gradient, reading.ties
     proto = prototypes(view.embedding, m, y, k, *options)
     v = unit_rows(view.embedding)
     return ViewPixels(v, y.flatten(), proto, v @ proto.p.t())

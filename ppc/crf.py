@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .cam import pseudo_labels, with_background
 from .data import TagFolder, read_image, write_mask
-from .inference import read_cam
+from .inference import enlarged, image_and_cam
 
 # %% ../nbs/32_crf.ipynb #4d38dcd5
 @dataclass(frozen=True)
@@ -210,9 +210,11 @@ def mean_field(
 
     Where one channel stands for several labels, it holds the probability of each of them.
 
-    Raises `ValueError` for images that do not fit the unary.
+    Raises `ValueError` for images that do not fit the unary, and for a unary that holds NaN.
     """
     N, L, H, W = unary.shape
+    if unary.isnan().any():
+        raise ValueError('The unary holds NaN: mean field would carry it to every pixel.')
     near, alike = _kernels(images, unary.shape, pairwise)
     m = torch.as_tensor([1]*L if multiplicity is None else multiplicity, device=unary.device)
     m = m.float()[:, None]
@@ -322,12 +324,15 @@ def crf_scores(
 ) -> np.ndarray:  # (L, H, W) float32, summing to 1
     """Refine soft scores by a dense CRF; scores below 1e-5 count as 1e-5.
 
-    Raises `ValueError` for wrong shapes.
+    Raises `ValueError` for wrong shapes and for NaN.
     """
     scores = np.asarray(scores, dtype=np.float32)
     if scores.ndim != 3 or not len(scores):
         raise ValueError(f'scores have the shape {scores.shape}: '
                          'it should be (L, H, W) with at least one label.')
+    if np.isnan(scores).any():
+        raise ValueError('The scores hold NaN: make them again, a network of finite weights '
+                         'gives none.')
     image = _rgb(image, scores.shape[1:])
     unary = -torch.from_numpy(scores).to(image.device).clamp(1e-5, 1).log()
     return mean_field(image, unary[None], pairwise)[0].cpu().numpy()
@@ -338,8 +343,10 @@ def seed_mask(
     present: np.ndarray,  # (P,) class numbers from 1
     threshold: float,  # score of the background
 ) -> np.ndarray:  # (H, W) uint8
-    "Take the argmax over [threshold, scores]; ties go to the background."
+    "Take the argmax over [threshold, scores]; ties go to the background. NaN: `ValueError`."
     full = with_background(torch.as_tensor(scores), 'constant', threshold)
+    if full.isnan().any():
+        raise ValueError('The scores hold NaN: they would all become background.')
     return np.array([0, *present], dtype=np.uint8)[pseudo_labels(full).numpy()]
 
 # %% ../nbs/32_crf.ipynb #cf0711b7
@@ -415,12 +422,13 @@ def write_masks(
 # %% ../nbs/32_crf.ipynb #c88f86b2
 def _write_mask(job):
     out, file, cam, threshold, use_crf, pairwise, classes, power = job
-    image = np.asarray(read_image(file))
-    scores, present = read_cam(cam, image.shape[:2])
+    photograph = read_image(file)
+    image, scores, present = image_and_cam(photograph, cam)
+    image = np.asarray(image)
     if use_crf and power:
         mask = crf_cam(image, scores, present, power, pairwise)
     else:
         mask = seed_mask(scores, present, threshold)
         if use_crf:
             mask = dense_crf(image, mask, classes, pairwise=pairwise)
-    write_mask(out, mask)
+    write_mask(out, enlarged(mask, photograph.size))

@@ -40,7 +40,7 @@ from ppc.data import (
     voc_palette,
     write_mask,
 )
-from .inference import group_by_size, multi_scale_maps
+from .inference import SIZE_LIMIT, enlarged, group_by_size, limited, multi_scale_maps, shrunk
 from .training import fit, make_optimizer
 from .views import resize
 
@@ -302,6 +302,7 @@ def train_deeplab(
     out: Path | str,  # folder for what `fit` writes
     recipe: Recipe = RECIPE_SSC,
     seed: int = 0,  # of everything that is random
+    limit: int = SIZE_LIMIT,  # pixels of the longer edge; larger images are shrunk to it; 0: none
     **fit_options,  # of `fit`: workers, precision, device, label
 ) -> float:  # seconds
     "Train by the recipe; continues where an earlier call stopped. Raises what `fit` raises."
@@ -310,7 +311,7 @@ def train_deeplab(
 
     optimizer = make_optimizer(recipe.optimizer, recipe_groups(model, recipe), recipe.momentum)
     transform = augmentation(recipe.resize, recipe.crop, recipe.jitter, relative=True)
-    views = TrainingViews(folder, transform, seed, masks=masks)
+    views = TrainingViews(folder, limited(transform, limit), seed, masks=masks)
     return fit(model, losses, views, optimizer, out, recipe.epochs, recipe.batch_size, seed,
                min_steps=recipe.min_steps, **fit_options)
 
@@ -335,6 +336,7 @@ def write_predictions(
     batch_size: int = 8,
     label: str = 'predictions',  # in front of the progress bar
     pairwise: Pairwise | None = None,  # of a CRF; None: no CRF
+    limit: int = SIZE_LIMIT,  # pixels of the longer edge; larger images are shrunk to it; 0: none
 ) -> None:
     "Write the predicted mask of every image of a split; existing masks are kept."
     device = next(model.parameters()).device
@@ -342,11 +344,14 @@ def write_predictions(
     todo = [n for n, file in enumerate(files) if not file.exists()]
     model.eval()
     with tqdm(total=len(folder), initial=len(folder) - len(todo), desc=label) as bar:
-        for group in group_by_size(folder, todo, batch_size):
-            images = [folder.image(n) for n in group]
+        for group in group_by_size(folder, todo, batch_size, limit):
+            photographs = [folder.image(n) for n in group]
+            images = [shrunk(photograph, limit) for photograph in photographs]
             batch = torch.stack([normalise(image) for image in images]).to(device)
-            for n, image, m in zip(group, images, multi_scale_maps(model, batch, scales)):
-                write_mask(files[n], logits_to_mask(m, np.asarray(image), pairwise))
+            found = multi_scale_maps(model, batch, scales)
+            for n, photograph, image, m in zip(group, photographs, images, found):
+                mask = logits_to_mask(m, np.asarray(image), pairwise)
+                write_mask(files[n], enlarged(mask, photograph.size))
                 bar.update()
 
 # %% ../nbs/36_deeplab.ipynb #7a9cf3cb
@@ -475,7 +480,10 @@ def export(
     model: DeepLab,  # is not changed
     path: Path | str,  # .onnx or .pt2 (`torch.export`) to write
 ) -> None:
-    """Write a network from `image` (N, 3, H, W) uint8 RGB of any size to `logits` at its size.
+    """Write a network from `image` (N, 3, H, W) uint8 RGB to `logits` at its size.
+
+    Sides are longer than the stride: 9 pixels or more at stride 8, 17 at stride 16, and as many at
+    the smallest size of a recipe with `msc`. A .pt2 refuses smaller ones.
 
     Raises `ValueError` for another ending, `ImportError` where .onnx lacks its packages.
     """
@@ -495,7 +503,7 @@ def export(
 
 # %% ../nbs/36_deeplab.ipynb #abfcb55c
 def _export_program(model):
-    "The program of a network, for any number of images and any size."
+    "The program of a network, for any number of images and any size from `export`'s smallest on."
     example, free = torch.zeros(2, 3, 72, 88, dtype=torch.uint8), torch.export.Dim.DYNAMIC
     shapes = {'image': {0: free, 2: free, 3: free}}
     with torch.no_grad():

@@ -26,7 +26,7 @@ from ppc.data import (
     read_image,
     write_mask,
 )
-from .inference import group_by_size, read_cam
+from .inference import SIZE_LIMIT, enlarged, group_by_size, image_and_cam, image_batch, limited
 from .training import fit, make_optimizer
 from .views import resize
 from .walk import neighbours, random_walk
@@ -105,8 +105,10 @@ def write_irn_labels(
 # %% ../nbs/35_irn.ipynb #1de0d5a4
 def _write_labels(job):
     out, file, cam, options = job
-    image = np.asarray(read_image(file))
-    write_mask(out, irn_labels(image, *read_cam(cam, image.shape[:2]), options))
+    photograph = read_image(file)
+    image, scores, present = image_and_cam(photograph, cam)
+    labels = irn_labels(np.asarray(image), scores, present, options)
+    write_mask(out, enlarged(labels, photograph.size))
 
 # %% ../nbs/35_irn.ipynb #95047dab
 def line_paths(
@@ -267,14 +269,15 @@ def centre_displacement(
     folder: TagFolder,
     batch_size: int = 8,  # images of one size
     label: str = 'mean displacement',  # in front of the progress bar
+    limit: int = SIZE_LIMIT,  # pixels of the longer edge; larger images are shrunk to it; 0: none
 ) -> None:
     "Store the mean displacement over all images, each at its own size, in `model.mean`."
     model.eval()
     total = torch.zeros_like(model.mean)
     with tqdm(total=len(folder), desc=label) as bar:
-        for group in group_by_size(folder, range(len(folder)), batch_size):
-            images = torch.stack([normalise(folder.image(i)) for i in group]).to(total.device)
-            total += model(images)[1].float().mean((2, 3)).sum(0)
+        for group in group_by_size(folder, range(len(folder)), batch_size, limit):
+            images, _ = image_batch(folder, group, limit)
+            total += model(images.to(total.device))[1].float().mean((2, 3)).sum(0)
             bar.update(len(group))
     model.mean += total/len(folder)
 
@@ -286,6 +289,7 @@ def train_irn(
     out: Path | str,  # folder for the files that `fit` writes
     options: IrnOptions = IRN_AUTHORS,
     seed: int = 0,  # of all random numbers
+    limit: int = SIZE_LIMIT,  # pixels of the longer edge; larger images are shrunk to it; 0: none
     **fit_options,  # for `fit`: workers, precision, device, label, log_every
 ) -> float:  # seconds
     """Train by the options and centre the displacements.
@@ -296,12 +300,12 @@ def train_irn(
         options.optimizer, irn_parameters(model, options), options.momentum)
     no_jitter = 0, 0, 0, 0   # the authors leave colours as they are
     transform = augmentation(options.scale, options.crop, no_jitter, relative=True)
-    views = TrainingViews(folder, transform, seed, masks=labels)
+    views = TrainingViews(folder, limited(transform, limit), seed, masks=labels)
     def losses(model, batch):
         return irn_losses(*model(batch['image']), batch['mask'], options.radius)
     size = options.epochs, options.batch_size
     seconds = fit(model, losses, views, optimizer, out, *size, seed, **fit_options)
-    centre_displacement(model, folder)
+    centre_displacement(model, folder, limit=limit)
     _save(model, Path(out)/'weights.safetensors')
     return seconds
 
@@ -358,9 +362,10 @@ def write_irn_masks(
         write_mask(files[i], _irn_mask(model, folder.image(i), cam, options))
 
 # %% ../nbs/35_irn.ipynb #aab86677
-def _irn_mask(model, image, cam, options):  # PIL image, CAM file -> (H, W) uint8
+def _irn_mask(model, photograph, cam, options):  # PIL image, CAM file -> (H, W) uint8
     device = next(model.parameters()).device
-    scores, present = read_cam(cam, image.size[::-1])
+    image, scores, present = image_and_cam(photograph, cam)
     edge = edge_map(model, normalise(image).to(device))
     walked = walk_cam(torch.from_numpy(scores).to(device), edge, options)
-    return seed_mask(walked.cpu().numpy(), present, options.background)
+    mask = seed_mask(walked.cpu().numpy(), present, options.background)
+    return enlarged(mask, photograph.size)

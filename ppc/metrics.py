@@ -16,16 +16,22 @@ def confusion(
 ) -> np.ndarray:        # (classes, classes) int64, row = truth
     """Counts pixels by true and predicted class.
 
-    Raises `ValueError` when the shapes differ or a class number is too large.
+    Raises `ValueError` when the shapes differ, or for a class number that does not exist.
     """
     truth, pred = np.asarray(truth), np.asarray(pred)
     if truth.shape != pred.shape:
         raise ValueError(f'truth is {truth.shape} but the prediction is {pred.shape}')
     known = truth != 255
-    t, p = truth[known].astype(np.int64), pred[known].astype(np.int64)
-    if t.size and max(t.max(), p.max()) >= classes:
-        raise ValueError(f'class {max(t.max(), p.max())} where only 0..{classes-1} exist')
+    t, p = (_class_numbers(x[known], classes) for x in (truth, pred))
     return np.bincount(t*classes + p, minlength=classes**2).reshape(classes, classes)
+
+# %% ../nbs/02_metrics.ipynb #7f3c51ff
+def _class_numbers(x, classes):
+    "The numbers as int64; a number that is no class is refused, as it would count elsewhere."
+    wrong = x[~((x >= 0) & (x < classes))]  # `~` also finds NaN
+    if wrong.size:
+        raise ValueError(f'class {wrong[0]} where only 0..{classes-1} exist')
+    return x.astype(np.int64)
 
 # %% ../nbs/02_metrics.ipynb #26c8971a
 def iou(
@@ -59,7 +65,9 @@ def _winner(cam, present, shape):
 def _histogram(truth, winner, exceeded, shape):
     "Pixels by (truth, winner, thresholds exceeded) in an array of `shape`, without unknown truth."
     classes, _, levels = shape
-    row = np.minimum(truth, classes).astype(np.int64)  # 255 becomes the extra row
+    known = truth != 255
+    row = np.full(truth.shape, classes)  # the extra one
+    row[known] = _class_numbers(truth[known], classes)
     cell = (row*classes + winner)*levels + exceeded
     counts = np.bincount(cell.ravel(), minlength=(classes + 1)*classes*levels)
     return counts[:classes*classes*levels].reshape(shape)
@@ -82,10 +90,13 @@ class ThresholdCurve:
         present: np.ndarray,  # (P,) their numbers, from 1
         truth: np.ndarray,    # (H, W) class numbers, 255 = unknown
     ) -> None:
-        "Counts one image. Raises `ValueError` when the shapes do not fit."
+        "Counts one image. Raises `ValueError` when the shapes do not fit, for NaN and no classes."
         if cam.shape != (len(present), *truth.shape):
             raise ValueError(f'CAM {cam.shape} for {len(present)} classes and truth {truth.shape}')
-        cam, present = np.asarray(cam, dtype=np.float32), np.asarray(present, dtype=np.int64)
+        cam = np.asarray(cam, dtype=np.float32)
+        if np.isnan(cam).any():
+            raise ValueError('The CAM holds NaN, which is neither above nor below a threshold.')
+        present = _class_numbers(np.asarray(present), self.classes)
         winner, score = _winner(cam, present, truth.shape)
         exceeded = np.searchsorted(self.thresholds, score)
         self.hist += _histogram(truth, winner, exceeded, self.hist.shape)

@@ -79,6 +79,7 @@ class SeedConfig:
     seed_split: str = 'train'  # images whose seeds are evaluated
     scales: list = field(default_factory=lambda: [1.0])  # of the image; each also mirrored
     refined: bool = True  # seeds from the refined maps, where the method has them
+    cam_size: int = 1024  # long edge in pixels to which larger photographs are shrunk; 0: none
     threshold: float = 0.0  # of the background; 0: the best on seed_split's masks, else Otsu's
     crf: bool = True  # also the seeds + CRF of every method, for the table
     crf_power: float = 0.0  # 0: CRF on seeds; else on CAMs, background (1 - max)^crf_power (EPS: 8)

@@ -15,7 +15,7 @@ import pandas as pd
 from .data import DataError, TagFolder
 from .methods import Method, find_method
 from .parameters import Config
-from .pipeline import Plan, do_stage, open_lists, splits
+from .pipeline import Plan, do_stage, memory_problems, open_lists, splits
 from .sources import check_start, required_starts
 from .stages import Stage, stage_keys, stages
 from .training import Batches, read_log
@@ -100,6 +100,9 @@ def dry_run(
             lists = open_lists(Path(folder), replace(config, run=replace(config.run, shared='')))
         except DataError:
             return missing, None
+        too_large = memory_problems([find_method(m) for m in methods], lists, config)
+        if too_large:
+            return missing + too_large, None
         return missing, _probe(Path(folder), config, methods, found, lists, steps)
 
 # %% ../nbs/44_planning.ipynb #33468a65

@@ -30,7 +30,7 @@ from .cam import CamNet, masked_average_pool
 from .crf import CRF_IRN, Pairwise, crf_cam, dense_crf, seed_mask
 from .data import ENDINGS, DataError, atomic, normalise, read_image, read_rows, write_mask
 from .deeplab import DeepLab, Recipe, logits_to_mask
-from .inference import cam_scores, multi_scale_maps
+from .inference import SIZE_LIMIT, cam_scores, enlarged, multi_scale_maps, shrunk
 from .lite import lite_state
 from .methods import Method, find_method, make_camnet
 from .pipeline import read_run, run_classes, trained_segmenter
@@ -61,11 +61,11 @@ def maps_and_logits(
     logits = []
     def maps(x):
         found = network(x)
-        logits.append(masked_average_pool(found.cam[:, 1:]).mean(0))
+        logits.append(masked_average_pool(found.cam[:, 1:]))
         cam = found.best if refined else found.cam
         return cam.softmax(1) if softmax else cam
     cam = multi_scale_maps(maps, _image_batch(image, network), scales)[0]
-    return cam, torch.stack(logits).mean(0)
+    return cam, torch.cat(logits).mean(0)
 
 # %% ../nbs/42_predicting.ipynb #327a2263
 def _image_batch(image, network):
@@ -86,6 +86,7 @@ class CamModel:
     softmax: bool = False  # channels compete, as in EPS
     pairwise: Pairwise | None = None  # of the CRF; None: no CRF
     power: float = 0  # 0: the CRF begins with the seed; otherwise with the CAM, see `crf_cam`
+    limit: int = SIZE_LIMIT  # pixels of the longer edge at which it worked in its run; 0: any
 
     def __str__(self) -> str:
         threshold = f'background threshold {self.threshold:g}'
@@ -118,6 +119,7 @@ class SegmenterModel:
     network: DeepLab
     classes: list[str]  # names, background first
     recipe: Recipe
+    limit: int = SIZE_LIMIT  # as of a `CamModel`
 
     def __str__(self) -> str:
         return f'segmenter, {self.recipe.head}, {_crf_words(self.recipe.pairwise)}'
@@ -171,7 +173,7 @@ def load_segmenter_model(
     recipe = segmentation_recipe(config)
     recipe = recipe if crf else replace(recipe, pairwise=None)
     classes = run_classes(run, config.run.data)
-    return SegmenterModel(trained_segmenter(run).eval(), classes, recipe)
+    return SegmenterModel(trained_segmenter(run).eval(), classes, recipe, config.seeds.cam_size)
 
 # %% ../nbs/42_predicting.ipynb #a0de8ecf
 def load_cams(
@@ -191,21 +193,18 @@ def load_cams(
     return CamModel(
         network, classes, seeds.scales, seeds.refined,
         seed_threshold(_seed_metrics(folder), config), method.saliency,
-        seed_pairwise(config) if crf else None, seeds.crf_power)
+        seed_pairwise(config) if crf else None, seeds.crf_power, seeds.cam_size)
 
 # %% ../nbs/42_predicting.ipynb #3f650912
 def mask_of(
     model: CamModel | SegmenterModel,  # of `load_model`
     image: Image.Image,  # RGB
     tags: list[str] | None = None,  # names of what is in it; None: guessed
-    limit: int = 1024,  # pixels; a longer edge is shrunk to it before; 0: no limit
+    limit: int | None = None,  # pixels of the longer edge; 0: any; None: as in its run
 ) -> np.ndarray:  # (H, W) uint8, at the photograph's own size
     "The mask of a photograph of any size."
-    small = image.copy()
-    if limit:
-        small.thumbnail((limit, limit))
-    mask = Image.fromarray(model(small, tags))
-    return np.array(mask.resize(image.size, Image.NEAREST))
+    small = shrunk(image, model.limit if limit is None else limit)
+    return enlarged(model(small, tags), image.size)
 
 # %% ../nbs/42_predicting.ipynb #8ce0f88b
 def find_photographs(
@@ -331,7 +330,7 @@ def predict(
     images: Iterable[Path | str],  # files, and folders to be searched
     out: Path | str,  # folder for masks/, overlays/ and areas.csv; what is there is made again
     tags: Tags = None,  # of a CAM network, as from `read_names`
-    limit: int = 1024,  # as in `mask_of`
+    limit: int | None = None,  # as in `mask_of`
 ) -> tuple[pd.DataFrame, list[str]]:  # image, class, pixels, fraction; sentences on failures
     """Write masks, overlays and areas of photographs. Raises `DataError` where there are none,
     `ValueError` for tags that do not fit."""
@@ -392,7 +391,7 @@ def imagenet_model(
             network.classifier.weight[c, :, 0, 0] = weight[row].mean(0)
     return CamModel(
         network.eval(), ['background', *tags], [.75, 1.], False, .25,
-        pairwise=CRF_IRN if crf else None)
+        pairwise=CRF_IRN if crf else None, limit=IMAGENET_LIMIT)
 
 # %% ../nbs/42_predicting.ipynb #3b2d26cf
 def _imagenet_state(net):

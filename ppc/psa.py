@@ -20,7 +20,7 @@ from .cam import pseudo_labels, with_background
 from .crf import CRF_PSA as PAIRWISE
 from .crf import crf_cam, dense_crf, write_each
 from .data import TagFolder, TrainingViews, augmentation, normalise, read_image, write_mask
-from .inference import group_by_size, read_cam
+from .inference import SIZE_LIMIT, enlarged, group_by_size, image_and_cam, limited
 from .training import fit, make_optimizer
 from .views import resize
 from .walk import neighbours, random_walk
@@ -114,9 +114,10 @@ def write_affinity_labels(
 # %% ../nbs/34_psa.ipynb #a3cbdaa0
 def _write_labels(job):
     out, file, cam, classes, options = job
-    image = np.asarray(read_image(file))
-    scores, present = read_cam(cam, image.shape[:2])
-    write_mask(out, affinity_labels(image, scores, present, classes, options))
+    photograph = read_image(file)
+    image, scores, present = image_and_cam(photograph, cam)
+    labels = affinity_labels(np.asarray(image), scores, present, classes, options)
+    write_mask(out, enlarged(labels, photograph.size))
 
 # %% ../nbs/34_psa.ipynb #b5533673
 def shift_to_neighbours(
@@ -214,6 +215,7 @@ def train_affinity(
     out: Path | str,  # folder for the files that `fit` writes
     options: PsaOptions = PSA_AUTHORS,
     seed: int = 0,  # of all random numbers
+    limit: int = SIZE_LIMIT,  # pixels of the longer edge; larger images are shrunk to it; 0: none
     **fit_options,  # for `fit`: workers, precision, device, label
 ) -> float:  # seconds
     "Train by the options; continues where an earlier call stopped. Raises what `fit` raises."
@@ -221,7 +223,7 @@ def train_affinity(
     optimizer = make_optimizer(
         options.optimizer, groups, options.momentum, weight_decay=options.weight_decay)
     transform = augmentation((1, 1), options.crop, relative=True)
-    views = TrainingViews(folder, transform, seed, masks=labels)
+    views = TrainingViews(folder, limited(transform, limit), seed, masks=labels)
     def losses(model, batch):
         return affinity_loss(model(batch['image']), batch['mask'], options.radius)
     size = options.epochs, options.batch_size
@@ -269,17 +271,19 @@ def write_psa_masks(
     todo = [i for i, file in enumerate(files) if not file.exists()]
     model.eval()
     with tqdm(total=len(folder), initial=len(folder) - len(todo), desc=label) as bar:
-        for group in group_by_size(folder, todo, batch_size):
-            size, affinities = _group_affinities(model, folder, group)
-            for i, affinity in zip(group, affinities):
-                scores, present = read_cam(Path(cams)/f'{folder.ids[i]}.npz', size)
+        for group in group_by_size(folder, todo, batch_size, 0):
+            photographs = [folder.image(i) for i in group]
+            paths = [Path(cams)/f'{folder.ids[i]}.npz' for i in group]
+            images, *found = zip(*map(image_and_cam, photographs, paths))
+            affinities = _affinities(model, images)
+            for i, photograph, affinity, scores, present in zip(
+                    group, photographs, affinities, *found):
                 mask = walked_mask(scores, present, affinity, model.backbone.stride, options)
-                write_mask(files[i], mask)
+                write_mask(files[i], enlarged(mask, photograph.size))
             bar.update(len(group))
 
 # %% ../nbs/34_psa.ipynb #3010e159
-def _group_affinities(model, folder, group):
-    "The size (H, W) of a group of images, and their affinities (N, K, h, w)."
-    images = torch.stack([normalise(folder.image(i)) for i in group])
-    images = images.to(next(model.parameters()).device)
-    return images.shape[-2:], model(_pad_to_stride(images, model.backbone.stride))
+def _affinities(model, images):
+    "The affinities (N, K, h, w) of images of one size."
+    x = torch.stack([normalise(image) for image in images]).to(next(model.parameters()).device)
+    return model(_pad_to_stride(x, model.backbone.stride))

@@ -75,7 +75,7 @@ def random_walk(
 ) -> Tensor:  # (P, H, W)
     """Compute m T^t for each map m without a dense matrix.
 
-    Raises `ValueError` for shapes that do not fit, other dtypes, and t below 0 or not whole.
+    Raises `ValueError` for shapes that do not fit, other dtypes, NaN, and t below 0 or not whole.
     """
     _check_walk(scores, affinity, radius, t)
     if not scores.numel():
@@ -95,5 +95,7 @@ def _check_walk(scores, affinity, radius, t):
                          f'for radius {radius} they should be (P, H, W) and ({K}, H, W).')
     if scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'scores are {scores.dtype}: the walk needs float32 or float64.')
+    if scores.isnan().any():   # affinities to a pixel outside may be anything
+        raise ValueError('The scores hold NaN: the walk would carry it everywhere.')
     if t < 0 or t != int(t):
         raise ValueError(f't is {t}: it should be a whole number of steps, 0 or more.')

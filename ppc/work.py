@@ -273,8 +273,9 @@ def make_cams(
     data = inputs.lists[split]
     model = make_camnet(config.replace(weights=''), len(data.classes), method)
     load_trained(model, inputs[f'{method.name}/train']/'weights.safetensors', config)
-    options = dict(refined=config.seeds.refined, softmax=method.saliency)
-    write_cams(model, data, folder, config.seeds.scales, label=f'{method.name} CAMs', **options)
+    s = config.seeds
+    options = dict(refined=s.refined, softmax=method.saliency, limit=s.cam_size)
+    write_cams(model, data, folder, s.scales, label=f'{method.name} CAMs', **options)
     return {'images': len(data)}
 
 # %% ../nbs/37_work.ipynb #sa2498e2
@@ -451,7 +452,8 @@ def train_affinities(
     model = make_affinity_net(config, start and inputs[start]/'weights.safetensors')
     train = train_affinity if isinstance(options, PsaOptions) else train_irn
     work = model, data, inputs['affinity-labels'], folder, options, config.run.seed
-    train(*work, label=config.refine.refine.upper(), **run_options(config))
+    how = dict(label=config.refine.refine.upper(), limit=config.seeds.cam_size)
+    train(*work, **how, **run_options(config))
     return {'images': len(data), 'epochs': options.epochs}
 
 # %% ../nbs/37_work.ipynb #05145d5c
@@ -494,7 +496,8 @@ def train_segmenter(
     pretrained = start and inputs[start]/'weights.safetensors'
     model = make_segmenter(config, len(data.classes), pretrained)
     work = model, data, inputs['masks'], folder, recipe, seed
-    train_deeplab(*work, label='segmenter', **run_options(config))
+    how = dict(label='segmenter', limit=config.seeds.cam_size)
+    train_deeplab(*work, **how, **run_options(config))
     return {'images': len(data), 'epochs': recipe.epochs}
 
 # %% ../nbs/37_work.ipynb #s3b5ec42
@@ -507,7 +510,8 @@ def predict_masks(folder: Path, inputs: Inputs, config: Config, data: TagFolder)
     "Masks of images from the trained segmenter, without tags."
     weights, recipe = inputs['segmenter']/'weights.safetensors', segmentation_recipe(config)
     model = load_segmenter(weights, data.classes, config)
-    write_predictions(model, data, folder, recipe.scales, pairwise=recipe.pairwise)
+    how = dict(pairwise=recipe.pairwise, limit=config.seeds.cam_size)
+    write_predictions(model, data, folder, recipe.scales, **how)
     return evaluate_masks(data, folder)
 
 # %% ../nbs/37_work.ipynb #3e302e57

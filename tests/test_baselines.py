@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from literal import gradients
+from ppc import seam
 from ppc.backbones import Tiny
 from ppc.cam import CamNet, Maps, class_loss, masked_average_pool
 from ppc.eps import eps_losses, saliency_estimate, saliency_loss, saliency_losses
-from ppc.seam import PCM, seam_losses
+from ppc.seam import PCM, affinity_columns, seam_losses, spread
 from ppc.views import random_transformation, resize
 
 quick = settings(max_examples=25, deadline=None)
@@ -162,6 +163,33 @@ def random_maps(N, C, h, refined=True):
 
 
 def random_tags(N, C): return torch.randint(0, 2, (N, C)).double()
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.integers(1, 5), st.integers(1, 40), st.integers(1, 4000))
+def test_pcm_in_parts_is_the_whole(seed, N, C1, n, entries):
+    torch.manual_seed(seed)
+    m, g = torch.rand(N, C1, n), torch.nn.functional.normalize(torch.randn(N, 6, n), dim=1)
+    whole = m @ affinity_columns(g, g)
+    torch.testing.assert_close(spread(m, g, entries), whole, atol=1e-6, rtol=0)
+    g.requires_grad_()
+    parts = spread(m, g, entries)
+    assert torch.equal(parts, m @ affinity_columns(g, g))   # where there is a gradient: at once
+    same_gradients((parts**2).sum(), ((m @ affinity_columns(g, g))**2).sum(), [g])
+
+
+def test_pcm_never_holds_all_pairs(monkeypatch):
+    "Of eight images of 40 x 40, mirrored, at most so many entries at once."
+    largest, columns = [], seam.affinity_columns
+    def counted(g, part):
+        largest.append(len(g)*g.shape[2]*part.shape[2])
+        return columns(g, part)
+    monkeypatch.setattr(seam, 'affinity_columns', counted)
+    with torch.no_grad():
+        PCM([3, 5], (4, 6))(torch.randn(16, 3, 40, 40), torch.randn(16, 3, 320, 320),
+                            [torch.randn(16, 3, 40, 40), torch.randn(16, 5, 40, 40)])
+    assert max(largest) <= seam.AFFINITY_ENTRIES < sum(largest) == 16*1600*1600
+
 
 
 @settings(max_examples=12, deadline=None)

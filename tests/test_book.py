@@ -160,7 +160,7 @@ def test_parameters_cell_is_made_from_the_dataclasses():
     own, made = parameters_source().split('# Settings', 1)
     assert f'# Settings{made}' == parameters.parameters_cell()
     given = {line.split(':')[0] for line in made.splitlines() if not line.startswith(('#', ' '))}
-    assert given == {*parameters.PARAMETERS} and len(given) == 67
+    assert given == {*parameters.PARAMETERS} and len(given) == 68
     methods, = re.findall(r'^methods: list = (\[.*?\])', own, re.M)
     assert tuple(ast.literal_eval(methods)) == DEFAULT_METHODS
 

@@ -24,7 +24,7 @@ from ppc.contrast import (
     prototype_contrast,
     view_pixels,
 )
-from ppc.prototypes import Prototypes
+from ppc.prototypes import Prototypes, prototypes
 from ppc.views import View
 
 # --- both readings, literally -------------------------------------------------------------------
@@ -148,7 +148,9 @@ def test_every_option_matters(field):
     if field in ('absent', 'ranked'):
         tags[:, 0] = 0
         base = replace(PAPER_READING, negatives='band')
-    other = .5 if field == 'level' else asdict(OFFICIAL_READING)[field]
+    if field == 'ties':
+        base = replace(PAPER_READING, background='constant')  # all of it tied
+    other = {'level': .5, 'ties': 'all'}.get(field, asdict(OFFICIAL_READING)[field])
     changed = replace(base, **{field: other})
     assert changed != base and not torch.allclose(loss(base), loss(changed))
 
@@ -254,6 +256,91 @@ def test_order_of_images_pixels_and_classes_changes_nothing(name, seed):
     torch.testing.assert_close(total(*mixed, tags[:, classes[1:] - 1], *options), want)
     mixed = [View(*(t.flatten(2)[..., order].view_as(t) for t in x[:2])) for x in (a, b)]
     torch.testing.assert_close(total(*mixed, tags, *options), want)
+
+
+@pytest.mark.parametrize('name', READINGS)
+@pytest.mark.parametrize('seed', range(3))
+def test_with_all_ties_the_order_of_the_batch_changes_nothing(name, seed):
+    "Also where the background is a constant; and `first` does depend on the order there."
+    a, b, tags = views(seed, 4, 5, 6, 6, 8)
+    reading = replace(PLAIN[name], background='constant', level=.2)
+    orders = [torch.randperm(4) for _ in range(6)]
+    def totals(ties):
+        chosen, found = replace(reading, ties=ties), []
+        for order in orders:
+            mixed = [View(x.cam[order], x.embedding[order]) for x in (a, b)]
+            found.append(total(*mixed, tags[order], chosen))
+        return torch.stack(found)
+    found = totals('all')
+    torch.testing.assert_close(found, found[:1].expand(6), atol=1e-6, rtol=1e-6)
+    first = totals('first')
+    assert first.max() - first.min() > 1e-4
+
+
+def test_official_draws_do_not_hide_the_order():
+    "The whole of `official` with all ties, where each pixel keeps its random number."
+    a, b, tags = views(0, 4, 5, 6, 6, 8)
+    reading, old = replace(OFFICIAL_READING, ties='all'), torch.rand_like
+    found = []
+    for order in (torch.arange(4), torch.tensor([2, 0, 3, 1])):
+        def draw(x, dtype=None, order=order):
+            numbers = torch.rand(4, len(x)//4, generator=torch.Generator().manual_seed(3))
+            return numbers[order].flatten()
+        torch.rand_like = draw
+        try:
+            mixed = [View(x.cam[order], x.embedding[order]) for x in (a, b)]
+            found.append(total(*mixed, tags[order], reading))
+        finally:
+            torch.rand_like = old
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
+
+
+def literal_shares(m, y, k, assigned):
+    "The mean over all ways to choose k pixels, of the tied ones at the boundary each as likely."
+    C1, n = m.shape
+    weight = torch.zeros(C1, n)
+    for c in range(C1):
+        mine = [i for i in range(n) if (y[i] == c if assigned else y[i] >= 0)]
+        mine.sort(key=lambda i, c=c: -m[c, i])
+        if len(mine) <= k:
+            weight[c, mine] = 1
+            continue
+        edge = m[c, mine[k - 1]]
+        above, at = ([i for i in mine if m[c, i] > edge], [i for i in mine if m[c, i] == edge])
+        weight[c, above] = 1
+        weight[c, at] = (k - len(above))/len(at)
+    return weight*m
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 30), st.booleans(), st.booleans())
+def test_ties_that_share(seed, k, assigned, unit):
+    torch.manual_seed(seed)
+    v, y = torch.randn(2, 5, 3, 4), torch.randint(-1, 4, (2, 3, 4))
+    m = torch.randint(0, 4, (2, 4, 3, 4))/4    # many ties
+    got = prototypes(v, m, y, k, assigned, unit, ties='all')
+    flat_v, flat_m = (x.transpose(0, 1).flatten(1) for x in (v, m))
+    weight = literal_shares(flat_m, y.flatten(), k, assigned)
+    rows = F.normalize(flat_v.t(), dim=1) if unit else flat_v.t()
+    torch.testing.assert_close(got.p, F.normalize(weight @ rows, dim=1), atol=1e-5, rtol=1e-5)
+    assert (got.exists == (weight > 0).any(1)).all()
+
+
+def test_random_ties_are_a_draw():
+    "Another seed chooses other pixels of equal confidence, and none of lower confidence."
+    torch.manual_seed(0)
+    v, y = torch.eye(16)[None].transpose(1, 2)[..., None], torch.zeros(1, 16, 1, dtype=torch.long)
+    m = torch.ones(1, 1, 16, 1)
+    m[0, 0, :8] = .5
+    chosen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        p = prototypes(v, m, y, 3, ties='random').p[0]
+        assert (p > 0).sum() == 3 and not p[:8].any()
+        chosen.add(tuple(p.nonzero().flatten().tolist()))
+    assert len(chosen) > 10
+    with pytest.raises(ValueError, match='first, random, all'):
+        prototypes(v, m, y, 3, ties='last')
 
 
 @pytest.mark.parametrize('name', READINGS)
@@ -502,6 +589,9 @@ def joined_batch():
     return View(*a[:2], valid), View(*b[:2], valid), tags
 
 
+SPREAD = {**READINGS, 'ties': replace(OFFICIAL_READING, ties='all')}  # over processes
+
+
 def fixed_draws(process, processes):
     "A `torch.rand_like` that gives a process its part of the numbers that one process would get."
     def draw(x, dtype=None):
@@ -519,9 +609,9 @@ def part_of_batch(name, process, processes):
         a, b, tags = joined_batch()
         a, b = (View(x.cam[part], x.embedding[part].detach().requires_grad_(), x.valid[part])
                 for x in (a, b))
-        losses = PixelToPrototypeContrast(7, reading=READINGS[name])(a, b, tags[part])
+        losses = PixelToPrototypeContrast(7, reading=SPREAD[name])(a, b, tags[part])
         losses.total.backward()
-        p = view_pixels(a, tags[part], 7, READINGS[name]).proto
+        p = view_pixels(a, tags[part], 7, SPREAD[name]).proto
     finally:
         torch.rand_like = old
     found = torch.stack(losses), p.p, p.exists, a.embedding.grad, b.embedding.grad
@@ -533,7 +623,7 @@ def one_of_two(rank, port, out):
     torch.set_num_threads(1)
     address = f'tcp://127.0.0.1:{port}'
     torch.distributed.init_process_group('gloo', init_method=address, rank=rank, world_size=2)
-    for name in READINGS:
+    for name in SPREAD:
         torch.save(part_of_batch(name, rank, 2), f'{out}/{name}{rank}.pt')
     torch.distributed.destroy_process_group()
 
@@ -548,7 +638,7 @@ def test_two_processes_are_one(tmp_path):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     mp.spawn(one_of_two, (port, tmp_path), nprocs=2)
-    for name in READINGS:
+    for name in SPREAD:
         losses, p, exists, *grads = part_of_batch(name, 0, 1)
         parts = [torch.load(tmp_path/f'{name}{rank}.pt') for rank in range(2)]
         for part in parts:

@@ -357,6 +357,15 @@ def test_wrong_scores_and_sizes():
     scores = np.stack([np.full((4, 4), value) for value in (-1, .5, 2)])
     q = crf_scores(image, scores, Pairwise(iterations=0))
     np.testing.assert_allclose(q[:, 0, 0], np.array([1e-5, .5, 1])/1.50001, rtol=1e-5)   # clamped
+    scores[1, 2, 3] = math.nan
+    with pytest.raises(ValueError, match='scores hold NaN'):
+        crf_scores(image, scores)
+    with pytest.raises(ValueError, match='scores hold NaN'):
+        module.seed_mask(scores, [1, 2, 3], .3)
+    with pytest.raises(ValueError, match='scores hold NaN'):
+        module.crf_cam(image, scores, [1, 2, 3])
+    with pytest.raises(ValueError, match='unary holds NaN'):
+        mean_field(torch.from_numpy(image)[None], torch.from_numpy(scores)[None])
     with pytest.raises(ValueError, match='images are'):
         mean_field(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4))
     with pytest.raises(ValueError, match='too fine'):

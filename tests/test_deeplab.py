@@ -402,6 +402,24 @@ def test_predictions_continue_where_they_stopped(scenes, tmp_path):
     assert {p.stem for p in tmp_path.iterdir()} == set(data.ids)
 
 
+def test_large_photographs_are_segmented_at_the_limit(scenes, tmp_path):
+    "As if they had been shrunk before; the mask is enlarged. Smaller ones are left alone."
+    data, net = TagFolder(scenes, 'val'), deeplab(Tiny(), 7, replace(RECIPE_SSC, width=8))
+    write_predictions(net, data, tmp_path/'limit', (.5, 1), limit=80)
+    write_predictions(net, data, tmp_path/'other', (.5, 1), limit=2048)
+    write_predictions(net, data, tmp_path/'none', (.5, 1), limit=0)
+    class Small(TagFolder):
+        def image(self, i, edge=0): return super().image(i, edge).resize((80, 80), Image.BICUBIC)
+    small = Small(scenes, 'val')
+    write_predictions(net, small, tmp_path/'small', (.5, 1), limit=0)
+    for i in data.ids:
+        mask, own = (read_mask(tmp_path/name/f'{i}.png') for name in ('limit', 'small'))
+        assert mask.shape == (128, 128) and own.shape == (80, 80)
+        assert (mask == np.array(Image.fromarray(own).resize((128, 128), Image.NEAREST))).all()
+        whole = [read_mask(tmp_path/name/f'{i}.png') for name in ('other', 'none')]
+        assert (whole[0] == whole[1]).all()
+
+
 def test_the_crf_gets_the_softmax(monkeypatch, odd_sizes, tmp_path):
     "Of the mean logits, with the image, and its result is written."
     calls = []
@@ -413,6 +431,7 @@ def test_the_crf_gets_the_softmax(monkeypatch, odd_sizes, tmp_path):
         return np.roll(scores, 1, 0)
 
     monkeypatch.setattr(module, 'crf_scores', crf)
+    torch.manual_seed(0)   # no pixel whose logits are all equal
     net = deeplab(Tiny(), 7, replace(RECIPE_SSC, width=8))
     write_predictions(net, odd_sizes, tmp_path/'plain', (1,))
     write_predictions(net, odd_sizes, tmp_path/'crf', (1,), pairwise=RECIPE_DLP.pairwise)
@@ -653,6 +672,20 @@ def test_the_same_masks_from_torch_export(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in after.items())
     assert_same_masks(net, run, ((1, 64, 64), (2, 45, 83)))
     assert [p.name for p in tmp_path.iterdir()] == ['net.pt2']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backbone, least', [
+    (Tiny, 9), (lambda: Timm('test_efficientnet', 16), 17)])
+def test_the_smallest_image_of_torch_export(backbone, least, tmp_path):
+    "Sides longer than the stride, as the docstring and the help say; smaller ones are refused."
+    net = deeplab(backbone(), 5, replace(RECIPE_SSC, width=8))
+    run = exported(net, tmp_path/'net.pt2')
+    assert_same_masks(net, run, ((1, least, least), (2, least, 40), (1, 40, least)))
+    for h, w in ((least - 1, 40), (40, least - 1), (1, 1)):
+        with pytest.raises(AssertionError):
+            run(torch.zeros(1, 3, h, w, dtype=torch.uint8))
+    assert f'{least} ' in export.__doc__
 
 
 def test_export_without_onnx(monkeypatch, tmp_path):

@@ -52,10 +52,24 @@ def test_absent_class_has_no_iou():
 @pytest.mark.parametrize('truth, pred', [
     (np.zeros((2, 2), int), np.zeros((2, 3), int)),
     (np.zeros((1, 1), int), np.full((1, 1), 2)),
+    (np.zeros((1, 1), int), np.full((1, 1), -1)),     # would count as class 1 of the row above
+    (np.full((1, 1), -1), np.zeros((1, 1), int)),
+    (np.full((1, 1), 2), np.zeros((1, 1), int)),
+    (np.zeros((1, 1), int), np.full((1, 1), 255)),    # unknown is a truth, no prediction
+    (np.zeros((1, 1), int), np.full((1, 1), np.nan)),
 ])
 def test_misfit_is_refused(truth, pred):
     with pytest.raises(ValueError):
         confusion(truth, pred, 2)
+
+
+@pytest.mark.parametrize('cam, present, truth', [
+    (.5, [1], -1), (.5, [1], 3), (.5, [1], 254), (np.nan, [1], 0), (.5, [3], 0), (.5, [-1], 0)])
+def test_curve_refuses_what_would_count_elsewhere(cam, present, truth):
+    curve = ThresholdCurve(3)
+    with pytest.raises(ValueError, match='class|NaN'):
+        curve.add(np.full((1, 2, 2), cam), np.array(present), np.full((2, 2), truth))
+    assert not curve.hist.any()
 
 
 def timed(work):

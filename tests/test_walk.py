@@ -128,6 +128,7 @@ def test_transition_is_sparse():
     (dict(scores=torch.ones(2, 6, 7).long()), 'int64'),
     (dict(radius=0), 'radius is 0'),
     (dict(t=-1), 't is -1'),
+    (dict(scores=torch.full((2, 6, 7), torch.nan)), 'NaN'),
     (dict(t=2.5), 't is 2.5'),
 ])
 def test_wrong_input_is_named(change, words):
