@@ -35,6 +35,7 @@ from ppc.data import (
     image_id,
     match_rows,
     match_split,
+    object_problems,
     read_classes,
     read_rows,
     read_tags,
@@ -310,12 +311,14 @@ def folder_report(
     _report_unused(root, files, lists, report)
     _report_classes(root, classes, tags, files, report)
     _report_overlaps(root, lists, report)
-    problems += _open_all(files, masks, saliency, classes, workers)
+    values = {}
+    problems += _open_all(files, masks, saliency, classes, workers, values)
+    problems += object_problems(values, [masks[i] for i in masks if i in tags and tags[i].any()])
     return _counts(lists, classes, tags, files, masks, saliency), problems
 
 # %% ../nbs/04_folders.ipynb #ac06a543
-def _open_all(files, masks, saliency, classes, workers):
-    def problems(i): return file_problems(files[i], masks.get(i), saliency.get(i), classes)
+def _open_all(files, masks, saliency, classes, workers, values):
+    def problems(i): return file_problems(files[i], masks.get(i), saliency.get(i), classes, values)
     with ThreadPoolExecutor(workers) as pool:
         found = tqdm(pool.map(problems, files), total=len(files), desc='opening')
         return [problem for of_image in found for problem in of_image]
@@ -334,8 +337,9 @@ def _lists(root, files, report):
 def _companions(folder, files, report):
     source = folder/'SOURCE.txt'  # where saliency maps came from, see `07_saliency`
     found = sorted(p for p in folder.glob('[!.]*') if p != source)
-    paths = {p.stem: p for p in found if p.suffix == '.png' and p.stem in files}
-    unmatched = [p for p in found if paths.get(p.stem) != p]
+    names = {p: unicodedata.normalize('NFC', p.stem) for p in found}
+    paths = {i: p for p, i in names.items() if p.suffix == '.png' and i in files}
+    unmatched = [p for p, i in names.items() if paths.get(i) != p]
     if unmatched and files:
         report(f'{unmatched[0]} belongs to no image ({len(unmatched)} such files): '
                'name it as its image, with the ending .png.')

@@ -57,12 +57,17 @@ def _winner(cam, present, shape):
 
 # %% ../nbs/02_metrics.ipynb #7fdb5ef7
 def _histogram(truth, winner, exceeded, shape):
-    "Pixels by (truth, winner, thresholds exceeded) in an array of `shape`, without unknown truth."
+    """Pixels by (truth, winner, thresholds exceeded) in an array of `shape`, without unknown truth.
+    Raises `ValueError` for the truth of a class that does not exist."""
     classes, _, levels = shape
     row = np.minimum(truth, classes).astype(np.int64)  # 255 becomes the extra row
     cell = (row*classes + winner)*levels + exceeded
     counts = np.bincount(cell.ravel(), minlength=(classes + 1)*classes*levels)
-    return counts[:classes*classes*levels].reshape(shape)
+    known = counts[:classes*classes*levels]
+    if truth.size - known.sum() != np.count_nonzero(truth == 255):
+        wrong = truth[(truth >= classes) & (truth != 255)][0]
+        raise ValueError(f'class {wrong} where only 0..{classes-1} exist')
+    return known.reshape(shape)
 
 # %% ../nbs/02_metrics.ipynb #ec140533
 THRESHOLDS = np.arange(60)/100  # background thresholds, as the usual evaluation has them
@@ -82,7 +87,7 @@ class ThresholdCurve:
         present: np.ndarray,  # (P,) their numbers, from 1
         truth: np.ndarray,    # (H, W) class numbers, 255 = unknown
     ) -> None:
-        "Counts one image. Raises `ValueError` when the shapes do not fit."
+        "Counts one image. Raises `ValueError` for shapes that do not fit, or a class too large."
         if cam.shape != (len(present), *truth.shape):
             raise ValueError(f'CAM {cam.shape} for {len(present)} classes and truth {truth.shape}')
         cam, present = np.asarray(cam, dtype=np.float32), np.asarray(present, dtype=np.int64)
