@@ -176,6 +176,7 @@ data = typer.Typer(
 app.add_typer(data, name='data')
 DIR = typer.Argument(..., help='Dataset folder to make, or to continue.')
 
+# %% ../nbs/49_cli.ipynb #75aa5b52
 def counts_text(found: dict[str, int]) -> str:
     "Counts by name, one a line."
     return '\n'.join(f'{name:<14} {n:,}' for name, n in found.items())

@@ -179,6 +179,8 @@ OTHER_PICTURES = {'.heic', '.heif', '.avif', '.webp', '.tif', '.tiff', '.bmp', '
 
 def other_pictures(folder: Path) -> str:  # '' without any
     "The half of a sentence that counts the pictures of other formats in a folder and below."
+    if not os.path.isdir(folder):
+        return ''
     endings = (p.suffix.lower() for p in folder.rglob('[!.]*') if p.is_file())
     count = Counter(ending for ending in endings if ending in OTHER_PICTURES)
     if not count:

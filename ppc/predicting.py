@@ -234,6 +234,8 @@ def find_photographs(
 def _photographs_of(path):  # a file, whatever its ending, or a folder
     if os.path.isfile(path):  # unlike a `Path`, False where the system does not let us look
         return [path]
+    if not os.path.isdir(path):
+        return []
     found = (p for p in path.rglob('*') if _is_photograph(p.relative_to(path)))
     return sorted(p for p in found if not os.path.isdir(p))
 
