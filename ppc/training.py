@@ -203,7 +203,7 @@ class _Learner:
         loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
         return _explained(self.accelerator.prepare(loader))
 
-# %% ../nbs/30_training.ipynb #221c67ac
+# %% ../nbs/30_training.ipynb #21c67ac7
 SHARED_MEMORY = Path('/dev/shm')
 
 def _explained(loader):
@@ -216,22 +216,22 @@ def _explained(loader):
             raise
         raise DataError(problem) from None
 
-# %% ../nbs/30_training.ipynb #f57bc12e
+# %% ../nbs/30_training.ipynb #cdf3e5b4
 def _loader_problem(error):
     "The sentence about an error of the processes that load images; None about another one."
-    text = str(error)
+    text = f'{error} {error.__cause__ or ""}'
     if 'Caught DataError' in text:
         return text.rstrip().rpartition('DataError: ')[2]
+    size = 'none'
+    if SHARED_MEMORY.is_dir():
+        size = f'{shutil.disk_usage(SHARED_MEMORY).total/2**20:,.0f} MB'
+    advice = (f'({SHARED_MEMORY} has {size}): set workers to 0, or give more, '
+              'for a container with docker run --shm-size=2g.')
     if any(words in text for words in ('shared memory', 'Bus error', '</torch_')):
-        size = 'little'
-        if SHARED_MEMORY.is_dir():
-            size = f'{shutil.disk_usage(SHARED_MEMORY).total/2**20:,.0f} MB'
-        return ('The processes that load images have too little shared memory '
-                f'({SHARED_MEMORY} has {size} in all): set workers to 0, or give more, '
-                'for a container with docker run --shm-size=2g.')
+        return f'The processes that load images have too little shared memory {advice}'
     if 'DataLoader worker' in text and ('exited' in text or 'killed' in text):
-        return ('A process that loads images was killed, perhaps as memory ran out: '
-                'set fewer workers, or 0.')
+        return ('A process that loads images was killed, perhaps as memory ran out, '
+                f'or shared memory {advice}')
 
 # %% ../nbs/30_training.ipynb #6552c918
 def _resume(learner):  # -> steps done
