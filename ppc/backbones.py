@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torchvision import models
 from .data import MEAN, STD, DataError
 from .lite import lite_file, lite_state
-from .weights import load_state, load_weights, read_mxnet, read_weights
+from ppc.weights import (
+    load_state,
+    load_weights,
+    plain_reason,
+    read_mxnet,
+    read_weights,
+    unreadable,
+)
 
 # %% ../nbs/10_backbones.ipynb #fe427533
 def _block(c_in, c_out, stride=1, dilation=1):
@@ -289,8 +296,7 @@ class ResNet(nn.Module):
 
 # %% ../nbs/10_backbones.ipynb #38ce41d4
 def _unreachable(name, error):
-    reason = str(error).partition('\n')[0]
-    return DataError(f'The weights of {name} could not be fetched ({reason}): '
+    return DataError(f'The weights of {name} could not be fetched ({plain_reason(error)}): '
                      'connect to a network, or give a local file as weights.')
 
 def torchvision_weights(
@@ -306,6 +312,9 @@ def _fetch(name, entry):
     try:
         return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as e:
+        file = Path(torch.hub.get_dir())/'checkpoints'/Path(entry.url).name
+        if file.is_file():
+            raise DataError(f'{file} cannot be read as weights: {unreadable(file, e)}.') from None
         raise _unreachable(name, e) from e
 
 def torchvision_state(

@@ -51,6 +51,13 @@ def miou(
     return np.nanmean(iou(counts), axis=-1)
 
 # %% ../nbs/02_metrics.ipynb #9ddfd2d4
+def _checked_cam(cam, present, shape):
+    if cam.shape != (len(present), *shape):
+        raise ValueError(f'CAM {cam.shape} for {len(present)} classes and truth {shape}')
+    if np.isnan(cam).any():
+        raise ValueError('The CAM holds NaN, which is neither above nor below a threshold.')
+    return np.asarray(cam, dtype=np.float32)
+
 def _winner(cam, present, shape):
     "First best class of each pixel and its score; background with score -1 if no class is present."
     if not len(present):
@@ -63,7 +70,8 @@ def _winner(cam, present, shape):
 
 # %% ../nbs/02_metrics.ipynb #7fdb5ef7
 def _histogram(truth, winner, exceeded, shape):
-    "Pixels by (truth, winner, thresholds exceeded) in an array of `shape`, without unknown truth."
+    """Pixels by (truth, winner, thresholds exceeded) in an array of `shape`, without unknown truth.
+    Raises `ValueError` for the truth of a class that does not exist."""
     classes, _, levels = shape
     known = truth != 255
     row = np.full(truth.shape, classes)  # the extra one
@@ -91,11 +99,7 @@ class ThresholdCurve:
         truth: np.ndarray,    # (H, W) class numbers, 255 = unknown
     ) -> None:
         "Counts one image. Raises `ValueError` when the shapes do not fit, for NaN and no classes."
-        if cam.shape != (len(present), *truth.shape):
-            raise ValueError(f'CAM {cam.shape} for {len(present)} classes and truth {truth.shape}')
-        cam = np.asarray(cam, dtype=np.float32)
-        if np.isnan(cam).any():
-            raise ValueError('The CAM holds NaN, which is neither above nor below a threshold.')
+        cam = _checked_cam(cam, present, truth.shape)
         present = _class_numbers(np.asarray(present), self.classes)
         winner, score = _winner(cam, present, truth.shape)
         exceeded = np.searchsorted(self.thresholds, score)

@@ -11,6 +11,7 @@ __all__ = ['Tags', 'IMAGENET_BACKBONE', 'IMAGENET_LIMIT', 'tag_vector', 'maps_an
 # %% ../nbs/42_predicting.ipynb #68d0aef1
 import difflib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -28,8 +29,9 @@ from tqdm import tqdm
 from .backbones import Timm
 from .cam import CamNet, masked_average_pool
 from .crf import CRF_IRN, Pairwise, crf_cam, dense_crf, seed_mask
-from .data import ENDINGS, DataError, atomic, normalise, read_image, read_rows, write_mask
+from .data import ENDINGS, DataError, WriteError, atomic, normalise, read_image, write_mask
 from .deeplab import DeepLab, Recipe, logits_to_mask
+from .folders import image_key, other_pictures, tag_rows
 from .inference import SIZE_LIMIT, cam_scores, enlarged, multi_scale_maps, shrunk
 from .lite import lite_state
 from .methods import Method, find_method, make_camnet
@@ -208,19 +210,20 @@ def mask_of(
 
 # %% ../nbs/42_predicting.ipynb #8ce0f88b
 def find_photographs(
-    paths: Iterable[Path | str],  # files, and folders to be searched for .jpg, .jpeg and .png
+    paths: Iterable[Path | str] | Path | str,  # files, and folders searched for .jpg, .jpeg, .png
     out: Path | str,  # folder of results; those of an earlier call are no photographs
 ) -> dict[str, Path]:  # name -> file
     "Photographs and their names. Raises `DataError` for a path where there are none."
+    paths = [paths] if isinstance(paths, Path | str) else paths
     results = {Path(os.path.abspath(out))/folder for folder in ('masks', 'overlays')}
     files = {}
     for path in map(Path, paths):
         found = {Path(os.path.abspath(p)): p for p in _photographs_of(path)}
         found = {absolute: p for absolute, p in found.items() if not results & {*absolute.parents}}
         if not found:
-            trouble = 'holds no photographs' if path.exists() else 'is missing'
-            raise DataError(
-                f'{path} {trouble}: give photographs (.jpg, .jpeg, .png), or folders of them.')
+            trouble = 'holds no photographs' if os.path.exists(path) else 'is missing'
+            raise DataError(f'{path} {trouble}{other_pictures(path)}: '
+                            'give photographs (.jpg, .jpeg, .png), or folders of them.')
         files |= found
     if not files:
         raise DataError('There are no photographs: give some, or folders of them.')
@@ -228,10 +231,12 @@ def find_photographs(
 
 # %% ../nbs/42_predicting.ipynb #adf88788
 def _photographs_of(path):  # a file, whatever its ending, or a folder
-    if path.is_file():
+    if os.path.isfile(path):  # unlike a `Path`, False where the system does not let us look
         return [path]
+    if not os.path.isdir(path):
+        return []
     found = (p for p in path.rglob('*') if _is_photograph(p.relative_to(path)))
-    return sorted(p for p in found if not p.is_dir())
+    return sorted(p for p in found if not os.path.isdir(p))
 
 def _is_photograph(path):
     hidden = any(part.startswith('.') for part in path.parts)
@@ -247,26 +252,15 @@ def _names(files):  # absolute paths -> as many names
 
 # %% ../nbs/42_predicting.ipynb #a14f8f52
 def read_names(
-    path: Path | str,  # .csv whose first line is "image,tags"
+    path: Path | str,  # .csv, as for `make_folder`
+    classes: Iterable[str] = (),  # names, where they are known
 ) -> dict[str, list[str]]:  # image -> names of what is in it
     "The rows of a spreadsheet of tags. Raises `DataError`."
-    rows = read_rows(Path(path), 'a row "image,tags" for each photograph')
     names = {}
-    if [cells for _, cells in rows[:1]] != [['image', 'tags']]:
-        raise DataError(f'{path} line 1 should read "image,tags".')
-    for n, row in rows[1:]:
-        if len(row) != 2:
-            raise DataError(
-                f'{path} line {n} has {len(row)} columns: it should read "image,tag tag".')
-        image = _without_ending(row[0])
-        if image in names:
-            raise DataError(
-                f'{path} line {n} repeats image {image!r}: join its tags in one row.')
-        names[image] = row[1].split()
+    for _, image, words in tag_rows(path, classes):
+        known = names.setdefault(image_key(image), [])
+        known += [word for word in words if word not in (*known, 'background')]
     return names
-
-def _without_ending(image):
-    return image.rpartition('.')[0] if image.lower().endswith(ENDINGS) else image
 
 # %% ../nbs/42_predicting.ipynb #15259fd0
 Tags = dict[str, list[str]] | list[str] | None  # image -> names, or names for all; None: guessed
@@ -278,10 +272,13 @@ def tags_of(
 ) -> dict[str, list[str] | None]:  # name of each photograph -> names of what is in it
     "The tags of each photograph. Raises `ValueError` where they are missing, or no classes."
     found = {}
+    if isinstance(tags, dict):
+        tags = {_composed(name): words for name, words in tags.items()}
     for image, file in images.items():
         names = tags
         if isinstance(tags, dict):
-            names = tags.get(image, tags.get(Path(file).stem))
+            keys = _composed(image), image_key(image), _composed(Path(file).stem)
+            names = next((tags[key] for key in keys if key in tags), None)
         if names is None and tags is not None:
             raise ValueError(
                 f'There are no tags for {image!r}: add a row for it (its tags may be empty), '
@@ -289,6 +286,8 @@ def tags_of(
         tag_vector(names or [], classes)
         found[image] = names
     return found
+
+def _composed(name): return unicodedata.normalize('NFC', name)
 
 # %% ../nbs/42_predicting.ipynb #bfa5ed1f
 def areas(
@@ -309,6 +308,8 @@ def _problem(file, error):
         return str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
         return f'{file} needs more memory than there is: choose a smaller limit.'
+    if isinstance(error, OSError):
+        return f'{file} has no mask, because of an error of the system ({error}).'
     raise error
 
 # %% ../nbs/42_predicting.ipynb #7835c3fe
@@ -327,17 +328,19 @@ def write_prediction(
 # %% ../nbs/42_predicting.ipynb #73964e7d
 def predict(
     model: CamModel | SegmenterModel | Path | str,  # or the folder that `load_model` takes
-    images: Iterable[Path | str],  # files, and folders to be searched
+    images: Iterable[Path | str] | Path | str,  # files, and folders to be searched
     out: Path | str,  # folder for masks/, overlays/ and areas.csv; what is there is made again
     tags: Tags = None,  # of a CAM network, as from `read_names`
     limit: int | None = None,  # as in `mask_of`
 ) -> tuple[pd.DataFrame, list[str]]:  # image, class, pixels, fraction; sentences on failures
-    """Write masks, overlays and areas of photographs. Raises `DataError` where there are none,
-    `ValueError` for tags that do not fit."""
+    """Write masks, overlays and areas of photographs. Raises `DataError` where there are none, or
+    `out` cannot be written; `ValueError` for tags that do not fit."""
     if isinstance(model, Path | str):
         model = load_model(model)
     out, files = Path(out), find_photographs(images, out)
     tags = tags_of(files, tags, model.classes)
+    if out.exists() and not out.is_dir():
+        raise DataError(f'{out} is a file: give a folder for the results.')
     rows, problems = [], []
     for name, file in tqdm(files.items(), desc='predict'):
         try:
@@ -345,11 +348,13 @@ def predict(
             mask = mask_of(model, image, tags[name], limit)
             write_prediction(out, name, image, mask, model.classes)
             rows += [{'image': name, **row} for row in areas(mask, model.classes)]
-        except (DataError, MemoryError, RuntimeError) as e:
+        except WriteError:
+            raise
+        except (DataError, OSError, MemoryError, RuntimeError) as e:
             problems.append(_problem(file, e))
     table = pd.DataFrame(rows, columns=['image', 'class', 'pixels', 'fraction'])
     with atomic(out/'areas.csv') as part:
-        table.to_csv(part, index=False, float_format='%.6g')
+        table.to_csv(part, index=False, float_format='%.6g', errors='backslashreplace')
     return table, problems
 
 # %% ../nbs/42_predicting.ipynb #237aef89
@@ -362,10 +367,11 @@ def imagenet_names() -> list[list[str]]:  # 1,000 lists of synonyms
 
 # %% ../nbs/42_predicting.ipynb #9c6c204b
 def find_imagenet(
-    tag: str,  # a name, in small letters or capitals
+    tag: str,  # a name, in small letters or capitals, with spaces or underscores
 ) -> list[int]:  # numbers of the classes that have it: one, or two as for 'crane'
     "ImageNet's classes of a name. Raises `ValueError` with similar names where there is none."
-    names, tag = [[n.lower() for n in synonyms] for synonyms in imagenet_names()], tag.lower()
+    names = [[n.lower() for n in synonyms] for synonyms in imagenet_names()]
+    tag = tag.lower().replace('_', ' ')
     found = [i for i, synonyms in enumerate(names) if tag in synonyms]
     if not found:
         known = [n for synonyms in names for n in synonyms]

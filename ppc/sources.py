@@ -35,7 +35,7 @@ from .data import DataError, TagFolder, atomic
 from .lite import LITE_FILES, lite_file, lite_path
 from .parameters import Config
 from .scenes import make_closeups
-from .weights import check_state
+from .weights import check_state, unreadable
 from .work import Inputs, pretrain
 
 # %% ../nbs/43_sources.ipynb #7b9a2ecf
@@ -253,8 +253,7 @@ def conversion_record(
         with safe_open(path, 'pt') as f:
             return f.metadata() or {}
     except Exception as e:
-        raise DataError(
-            f'{path} cannot be read as safetensors ({e}): it is damaged. Make it again.') from None
+        raise DataError(f'{path} cannot be read as safetensors: {unreadable(path, e)}.') from None
 
 # %% ../nbs/43_sources.ipynb #66a2dac3
 def file_of(

@@ -210,7 +210,7 @@ def _train_stage(config, method, start):
     reads = (*TRAIN_READS, 'epochs', 'min_steps', 'ema', 'chance', *method.reads)
     reads += VIEW_READS if method.two_views else ()
     c, needs = config.cam, (start,) if start else ()
-    reads += ('scales',) if c.classifier == 'fitted' else ()
+    reads += ('scales', 'cam_size') if c.classifier == 'fitted' else ()
     return Stage(
         f'{method.name}/train', partial(train_cam, method=method, start=start), needs,
         (c.train_split,), reads, batches=(c.batch_size, c.epochs, c.min_steps))

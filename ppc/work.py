@@ -49,7 +49,9 @@ from ppc.deeplab import (
     voc_archive,
     write_predictions,
 )
-from .inference import read_cam, write_cams
+
+# %% ../nbs/37_work.ipynb #35f84d87
+from .inference import read_cam, shrunk, write_cams
 from .irn import IRN_PRESETS, IRNet, IrnOptions, train_irn, write_irn_labels, write_irn_masks
 from ppc.methods import (
     CHANCE_SOURCES,
@@ -196,12 +198,13 @@ def pooled_features(
     backbone: nn.Module,
     data: TagFolder,
     scales: list[float],  # of each image, which is also mirrored
+    limit: int = 0,  # pixels of the longer edge; larger images are shrunk to it; 0: none
     device: str = 'cpu',
 ) -> Tensor:  # (images, views, channels[-1])
     "The means of the backbone's last features, which Eq. 2 makes logits of."
     found, backbone = [], backbone.to(device).eval()
     for i in tqdm(range(len(data)), desc='features'):
-        image = normalise(data.image(i))[None].to(device)
+        image = normalise(shrunk(data.image(i), limit))[None].to(device)
         sizes = [[max(1, round(s*n)) for n in image.shape[-2:]] for s in scales]
         views = [x for size in sizes for x in (resize(image, size), resize(image, size).flip(-1))]
         found.append(torch.cat([backbone(x)[-1].mean((2, 3)) for x in views]).cpu())
@@ -239,7 +242,8 @@ def train_cam(
     pretrained = start and inputs[start]/'weights.safetensors'
     model = seeded_camnet(config, len(data.classes), method, pretrained, seeds)
     if c.classifier == 'fitted' and not (folder/'checkpoint.pt').exists():
-        features = pooled_features(model.backbone, data, config.seeds.scales, run_device(config))
+        views = config.seeds.scales, config.seeds.cam_size
+        features = pooled_features(model.backbone, data, *views, run_device(config))
         model.classifier.weight.data[1:, :, 0, 0] = fit_classifier(features, data.tags)
     how = augmentation(c.resize, c.crop)
     views = TrainingViews(data, how, seeds['views'], saliency=method.saliency, edge=c.resize[1])

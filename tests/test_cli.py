@@ -11,7 +11,8 @@ from test_voc import small_voc
 from typer.testing import CliRunner
 from ppc import cli
 from ppc.cli import app, run_notebook
-from ppc.data import TagFolder, read_mask
+from ppc.data import TagFolder, read_mask, write_mask
+from ppc.folders import class_counts
 from ppc.pipeline import read_run, run
 from ppc.predicting import load_model
 from ppc.sweeps import run_name
@@ -79,6 +80,47 @@ def test_own_folder_with_masks(scenes, tmp_path):
     assert 'masks          2' in found.output
     assert TagFolder(made, 'val').ids == ['val00000', 'val00001']
     assert TagFolder(made).classes == TagFolder(scenes).classes
+
+
+def test_own_folder_prints_its_classes_and_converts_masks(scenes, tmp_path):
+    "Masks of 0 and 255: the check says so, and `--mask-values` makes objects of them."
+    made, masks = tmp_path/'mine', tmp_path/'masks'
+    for i in ('val00000', 'val00001'):
+        object_mask = np.where(read_mask(scenes/'SegmentationClass'/f'{i}.png') > 0, 255, 0)
+        write_mask(masks/f'{i}.png', object_mask)
+    given = 'data', 'folder', made, scenes/'JPEGImages', '--tags', scenes/'tags.csv'
+    found = ppc(*given, '--masks', masks)
+    counts = ', '.join(f'{name} {n}' for name, n in class_counts(made).items())
+    assert found.exit_code == 0 and f'classes        6: {counts}' in found.output
+    assert '18 of 20 photographs lack a mask: these are the list train' in found.output
+    found = ppc('data', 'check', made)
+    assert found.exit_code == 1 and '--mask-values 255=1' in found.stderr
+    assert 'The object should be 1' in found.stderr
+    assert ppc(*given, '--masks', masks, '--mask-values', '255=1').exit_code == 0
+    assert ppc('data', 'check', made).exit_code == 0
+    assert {*np.unique(TagFolder(made, 'val').mask(0))} == {0, 1}
+    found = ppc(*given)
+    assert found.exit_code == 0 and 'masks          2' in found.output
+    found = ppc(*given, '--masks', masks, '--mask-values', '255=cat')
+    assert found.exit_code == 1 and 'VALUE=CLASS' in found.stderr
+
+
+def test_check_says_how_many_masks_are_missing(mine):
+    (mine/'SegmentationClass'/'val00001.png').unlink()
+    found = ppc('data', 'check', mine)
+    assert found.exit_code == 0
+    assert "1 of 4 photographs in the list 'val' lack a mask" in found.output
+
+
+def test_misread_tags_and_classes_with_spaces(scenes, tmp_path):
+    given = 'data', 'folder', tmp_path/'mine', scenes/'JPEGImages', '--tags', tmp_path/'t.csv'
+    (tmp_path/'t.csv').write_text('image,tags\ntrain00000,dog|cat\n')
+    found = ppc(*given)
+    assert found.exit_code == 1 and "line 2 has 'dog|cat'" in found.stderr
+    (tmp_path/'t.csv').write_text('image,tags\ntrain00000,"dog, cat"\n')
+    found = ppc(*given, '--classes', 'cat, dog')
+    assert found.exit_code == 0 and 'classes        2: cat 1, dog 1' in found.output
+    assert TagFolder(tmp_path/'mine').classes == ['background', 'cat', 'dog']
 
 
 def test_check_names_every_problem_and_ends_with_1(mine):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from ppc import coco as module
-from ppc.coco import coco_classes, make_coco, paint, read_instances
+from ppc.coco import coco_classes, decode_runs, make_coco, paint, read_instances
 from ppc.data import DataError, TagFolder, check, read_mask
 from ppc.scenes import scene
 
@@ -410,7 +410,9 @@ def test_invalid_outlines(valid, outline, word):
     fails(read, 'instances.json', word)
 
 
-@pytest.mark.parametrize('name', ['../a.jpg', '/etc/passwd', 'val2014/a.jpg', '', '..', '.'])
+@pytest.mark.parametrize('name', [
+    '../a.jpg', '/etc/passwd', 'val2014/../a.jpg', 'a/../../b.jpg', '..\\a.jpg', 'C:\\a.jpg',
+    'c:a.jpg', '', '..', '.'])
 def test_a_name_that_leads_out_of_the_folder(valid, name):
     tables, read = valid
     tables['images'][0]['file_name'] = name
@@ -502,6 +504,112 @@ def test_an_archive_that_leads_out(tmp_path):
         z.writestr('../../escaped.txt', 'here')
     fails(lambda: make_coco(tmp_path/'made', sources), 'train2014.zip', 'escaped.txt')
     assert not list(tmp_path.rglob('escaped.txt'))
+
+
+# ---- what CVAT and Roboflow write
+
+def pack(counts):
+    "A code compressed by pycocotools."
+    code = rle.frPyObjects({'size': [1, sum(counts)], 'counts': [*counts]}, 1, sum(counts))
+    return code['counts'].decode()
+
+
+@pytest.mark.parametrize('text, counts', [
+    ('0', [0]),
+    ('5', [5]),
+    ('o0', [31]),  # 15 and a continuation, then 0: without it bit 5 would be the sign
+    ('P1', [32]),
+    ('3242', [3, 2, 4, 4]),  # the fourth is 2 more than the second
+    ('324N4', [3, 2, 4, 0, 8]),  # N is -2
+    ('PPP1', [2**15]),
+])
+def test_compressed_codes_by_hand(text, counts):
+    assert decode_runs(text) == counts
+    if sum(counts) and 0 not in counts[1:]:
+        assert pack(counts) == text
+
+
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=60), st.booleans())
+def test_compressed_codes_as_pycocotools_writes_them(counts, begins_inside):
+    counts = [0, *counts] if begins_inside else counts
+    assert decode_runs(pack(counts)) == counts
+
+
+@given(st.text(st.characters(min_codepoint=0, max_codepoint=300), max_size=40))
+def test_any_text_as_a_code(text):
+    "It is a list of runs or none; nothing is raised."
+    found = decode_runs(text)
+    assert found is None or all(isinstance(n, int) for n in found)
+
+
+@pytest.mark.parametrize('text', ['', 'o', 'PPP', 'p', '/', ' ', 'é', 'P'*9 + '1', 'o'*100 + '0'])
+def test_texts_that_are_no_code(valid, text):
+    tables, read = valid
+    tables['annotations'][0]['segmentation'] = {'size': [20, 24], 'counts': text}
+    assert decode_runs(text) is None
+    fails(read, 'instances.json', 'runs')
+
+
+def test_compressed_codes_give_the_same_masks(tmp_path):
+    sources, truth = small_coco(tmp_path/'original', 6, 3)
+    for split in ('train', 'val'):
+        path = tmp_path/'original'/'annotations'/f'instances_{split}2014.json'
+        tables = json.loads(path.read_text())
+        for a in tables['annotations']:
+            if isinstance(a['segmentation'], dict):
+                code = rle.frPyObjects(a['segmentation'], *a['segmentation']['size'])
+                a['segmentation']['counts'] = code['counts'].decode()
+        assert any(isinstance(a['segmentation'], dict) for a in tables['annotations'])
+        path.write_text(json.dumps(tables))
+    make_coco(tmp_path/'made', sources)
+    for i, want in truth.items():
+        assert (read_mask(tmp_path/'made'/'SegmentationClass'/f'{i}.png') == want).all()
+
+
+@pytest.mark.parametrize('prefix, moved', [
+    ('images/{}/', False),  # as CVAT writes, the folders are not there
+    ('images/{}/', True),
+    ('{}2014/', False),  # the folder of the source
+    ('images\\{}\\', True),
+    ('./', False),
+])
+def test_names_with_a_folder(tmp_path, prefix, moved):
+    sources, truth = small_coco(tmp_path/'original', 4, 2)
+    for split in ('train', 'val'):
+        path = tmp_path/'original'/'annotations'/f'instances_{split}2014.json'
+        tables = json.loads(path.read_text())
+        for image in tables['images']:
+            image['file_name'] = prefix.format(split) + image['file_name']
+        path.write_text(json.dumps(tables))
+        if moved:
+            (tmp_path/'original'/f'{split}2014'/'images').mkdir()
+            for f in (tmp_path/'original'/f'{split}2014').glob('*.jpg'):
+                new = f.parent/'images'/split/f.name
+                new.parent.mkdir(exist_ok=True)
+                f.rename(new)
+    counts = make_coco(tmp_path/'made', sources)
+    assert counts == dict(classes=8, train=4, val=2, without_tags=2)
+    for i, want in truth.items():
+        assert (read_mask(tmp_path/'made'/'SegmentationClass'/f'{i}.png') == want).all()
+
+
+def test_a_name_with_a_folder_that_is_missing_or_there_twice(tmp_path):
+    def rename(tables):
+        for image in tables['images']:
+            image['file_name'] = 'deep/' + image['file_name']
+    run = damaged(tmp_path, rename)
+    name = 'COCO_train2014_000000000001.jpg'
+    folder = tmp_path/'original'/'train2014'
+    photograph = (folder/name).read_bytes()
+    (folder/'other').mkdir()
+    (folder/'other'/name).write_bytes(photograph)
+    fails(run, f'deep/{name} is 2 times in the sources')
+    (folder/'deep').mkdir()
+    (folder/name).rename(folder/'deep'/name)
+    assert run()['train'] == 3  # the folder decides
+    (folder/'deep'/name).unlink()
+    (folder/'other'/name).unlink()
+    fails(run, f'deep/{name} is in none of them')
 
 
 def test_codes_are_counted_as_pycocotools_does():

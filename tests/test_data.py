@@ -1,15 +1,21 @@
 "Invalid input raises an error that names the file; unusual input is read correctly."
+import errno
 import importlib.util
 import io
+import os
+import resource
 import shutil
+import signal
 import struct
+import unicodedata
 import zlib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from ppc.data import (
@@ -17,6 +23,8 @@ from ppc.data import (
     RandomLongEdge,
     TagFolder,
     TrainingViews,
+    WriteError,
+    atomic,
     augmentation,
     check,
     read_classes,
@@ -25,6 +33,7 @@ from ppc.data import (
     read_saliency,
     write_mask,
 )
+from ppc.folders import folder_report
 from ppc.training import Batches
 
 
@@ -591,3 +600,183 @@ def test_first_class_is_the_background(mine):
 def test_damaged_spreadsheets(mine, text):
     (mine/'tags.csv').write_text(text)
     fails(lambda: TagFolder(mine), 'tags.csv line')
+
+
+# Masks that show no object, masks that are missing.
+
+def paint(folder, values):
+    "Make all masks anew: the k-th shows `values[k]` on its left half."
+    for i, value in zip(folder.ids, values, strict=True):
+        mask = np.zeros((128, 128), np.uint8)
+        mask[:, :64] = value
+        write_mask(folder.root/'SegmentationClass'/f'{i}.png', mask)
+
+
+@pytest.mark.parametrize('values, words', [
+    ([255]*20, ('20 of the 20', 'train00000.png', '255 means unknown', '--mask-values 255=1')),
+    ([1]*9 + [255]*11, ('11 of the 20', 'train00009.png', '255 means unknown')),
+    ([1]*9 + [0]*10 + [255], ('11 of the 20', 'val00003.png', '255 means unknown')),
+    ([0]*20, ('20 of the 20', 'train00000.png', 'number of its class')),
+])
+def test_masks_without_an_object(mine, values, words):
+    "Found before a run and by the report."
+    shutil.rmtree(mine/'ImageSets')
+    folder = TagFolder(mine)
+    paint(folder, values)
+    fails(lambda: check(folder, masks=True), *words)
+    check(folder)
+    problems = folder_report(mine)[1]
+    assert len(problems) == 1 and all(word in problems[0] for word in words)
+
+
+def test_some_masks_may_be_empty(mine):
+    "Half of the tagged images, as crowds are unknown in COCO; and images without tags."
+    shutil.rmtree(mine/'ImageSets')
+    folder = TagFolder(mine)
+    paint(folder, [1]*10 + [255]*10)
+    check(folder, masks=True)
+    assert not folder_report(mine)[1]
+    rows = [f'{i},{"cat" if k < 5 else ""}\n' for k, i in enumerate(folder.ids)]
+    (mine/'tags.csv').write_text('image,tags\n' + ''.join(rows))
+    paint(folder, [1]*5 + [255]*15)
+    check(TagFolder(mine), masks=True)
+
+
+@pytest.mark.parametrize('lacking', [1, 3, 15])
+def test_masks_that_are_missing_are_counted(mine, lacking):
+    folder = TagFolder(mine)
+    for i in folder.ids[:lacking]:
+        (mine/'SegmentationClass'/f'{i}.png').unlink()
+    with pytest.warns(UserWarning, match=f"{lacking} of 16 photographs in the list 'train' lack"):
+        assert not folder.has_masks
+
+
+def test_all_masks_or_none_are_not_worth_a_warning(mine, recwarn):
+    assert TagFolder(mine).has_masks
+    shutil.rmtree(mine/'SegmentationClass')
+    assert not TagFolder(mine).has_masks and not recwarn.list
+
+
+# Names.
+
+def test_names_of_240_bytes(mine):
+    "82 Chinese characters; temporary files are as short as file systems demand."
+    name = '猫'*82
+    for old in mine.glob('*/train00002.*'):
+        old.rename(old.with_stem(name))
+    for path in (mine/'tags.csv', mine/'ImageSets'/'train.txt'):
+        edit(path, 'train00002', name)
+    folder = TagFolder(mine)
+    check(folder, masks=True, saliency=True)
+    write_mask(mine/'out'/f'{name}.png', folder.mask(folder.ids.index(name)))
+    both = [mine/'out'/f'{"ü"*100}{end}.txt' for end in 'ab']
+    with atomic(both[0]) as a, atomic(both[1]) as b:
+        assert a != b and a.suffix == '.txt'
+        a.write_text('a')
+        b.write_text('b')
+    assert [path.read_text() for path in both] == ['a', 'b']
+    with pytest.raises(DataError, match='too long'):
+        write_mask(mine/'out'/f'{"猫"*85}.png', np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize('files, texts', [('NFD', 'NFC'), ('NFC', 'NFD'), ('NFD', 'NFD')])
+def test_names_of_a_mac(mine, files, texts):
+    "Photographs, masks and saliency maps are found whichever form a file or a text has."
+    def name(form): return unicodedata.normalize(form, 'Frühstück à Orléans')
+    for old in mine.glob('*/train00002.*'):
+        old.rename(old.with_stem(name(files)))
+    for path in (mine/'tags.csv', mine/'ImageSets'/'train.txt'):
+        edit(path, 'train00002', name(texts))
+    folder = TagFolder(mine)
+    assert folder.ids[2] == name('NFC') and folder.has_masks
+    check(folder, masks=True, saliency=True)
+    assert not folder_report(mine)[1]
+    views = TrainingViews(folder, augmentation((64, 80), 48), masks=mine/'SegmentationClass')
+    assert views[0, 2]['mask'].shape == (48, 48)
+
+
+def test_two_photographs_whose_names_look_the_same(mine):
+    for form in ('NFC', 'NFD'):
+        shutil.copy(mine/'JPEGImages'/'train00000.jpg',
+                    mine/'JPEGImages'/f'{unicodedata.normalize(form, "é")}.jpg')
+    fails(lambda: TagFolder(mine), 'same name')
+
+
+# Texts in a PNG, and writing.
+
+def noted(path, **notes):
+    "A PNG with an orientation and texts, some of them compressed."
+    info = PngImagePlugin.PngInfo()
+    for key, (text, packed) in notes.items():
+        info.add_text(key, text, zip=packed)
+        info.add_itxt(f'international {key}', text, zip=packed)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (20, 10), (200, 30, 10)).save(path, pnginfo=info, exif=exif)
+
+
+@pytest.mark.parametrize('size, packed', [
+    (3_000_000, True), (3_000_000, False), (80_000_000, False), (1_000_001, True)])
+def test_texts_in_a_png(tmp_path, size, packed):
+    "An editor's history of megabytes; it is read without, and is upright."
+    noted(tmp_path/'a.png', history=('x'*size, packed), author=('me', False))
+    image = read_image(tmp_path/'a.png')
+    assert image.size == (10, 20) and image.getpixel((5, 5)) == (200, 30, 10)
+
+
+def test_a_damaged_png_with_texts_is_named(tmp_path):
+    noted(tmp_path/'a.png', history=('x'*3_000_000, True))
+    whole = (tmp_path/'a.png').read_bytes()
+    for part in (whole[:-40], whole[:len(whole)//2], whole[:3000]):
+        (tmp_path/'a.png').write_bytes(part)
+        fails(lambda: read_image(tmp_path/'a.png'), 'a.png', 'cannot be read')
+
+
+WRITERS = {
+    'text': lambda path: path.write_text('x'*10**6),
+    'numpy': lambda path: np.save(path, np.zeros(10**6)),
+    'archive': lambda path: np.savez(path, a=np.zeros(10**6)),
+    'torch': lambda path: torch.save(torch.zeros(10**6), path),
+    'safetensors': lambda path: save_file({'a': torch.zeros(10**6)}, path),
+    'picture': lambda path: Image.effect_noise((900, 900), 50).save(path),
+}
+ENDINGS = {'numpy': '.npy', 'archive': '.npz', 'picture': '.png'}
+
+
+@pytest.mark.parametrize('writer', WRITERS)
+def test_a_full_disk_is_said(tmp_path, writer):
+    "By a limit on the size of files, which every library meets as it would a full disk."
+    path = tmp_path/f'new{ENDINGS.get(writer, ".bin")}'
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        with pytest.raises(WriteError, match='disk or a quota is full'), atomic(path) as part:
+            WRITERS[writer](part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_is_not_writable_is_said(tmp_path, monkeypatch, number):
+    def refuse(path, mode=0o777): raise OSError(number, os.strerror(number), str(path))
+    monkeypatch.setattr(os, 'mkdir', refuse)
+    with pytest.raises(WriteError, match='mask.png cannot be written'):
+        write_mask(tmp_path/'out'/'mask.png', np.zeros((2, 2)))
+
+
+def test_a_file_where_a_folder_should_be_is_said(tmp_path):
+    (tmp_path/'out').write_text('')
+    for path in (tmp_path/'out'/'mask.png', tmp_path/'out'/'masks'/'mask.png'):
+        fails(lambda path=path: write_mask(path, np.zeros((2, 2))), 'mask.png cannot be written')
+
+
+@pytest.mark.parametrize('error', [
+    OSError(errno.EACCES, 'no', '/elsewhere/a'), FileNotFoundError(errno.ENOENT, 'no', 'a'),
+    OSError('no number'), RuntimeError('shapes differ'), KeyboardInterrupt()])
+def test_an_error_that_has_nothing_to_do_with_writing_stays(tmp_path, error):
+    with pytest.raises(type(error)) as e, atomic(tmp_path/'a'):
+        raise error
+    assert e.value is error

@@ -1,5 +1,7 @@
 "Folders from spreadsheets and class folders, archives that are not trusted, and the report."
+import errno
 import io
+import os
 import pathlib
 import random
 import shutil
@@ -14,8 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from ppc.data import DataError, TagFolder, check, write_mask
-from ppc.folders import folder_report, make_folder, unpack, write_folder
+from ppc.data import DataError, TagFolder, check, read_mask, write_mask
+from ppc.folders import (
+    class_counts,
+    folder_report,
+    link_file,
+    make_folder,
+    mask_remarks,
+    unpack,
+    write_folder,
+)
 
 
 def fails(call, *words):
@@ -473,6 +483,314 @@ def test_images_that_are_a_link_to_a_folder(pictures):
     (pictures/'list.csv').write_text('image,tags\na,cat\nd,dog\n')
     make_folder(out, pictures, pictures/'list.csv')
     assert (pictures/'z.jpg').is_symlink()
+
+
+def nfd(text): return unicodedata.normalize('NFD', text)
+
+
+MISREAD = {  # cells that could be learned wrongly, and words of the one sentence about them
+    'a bar': ('a.jpg,dog|cat\n', "'dog|cat'", 'spaces, commas or semicolons'),
+    'a list of Python': ('a.jpg,"[\'dog\', \'cat\']"\n', "[\'dog\'", 'commas'),
+    'a list of JSON': ('a.jpg,"[""dog"", ""cat""]"\n', '["dog"', 'commas'),
+    'an ampersand': ('a.jpg,dog & cat\n', "'dog & cat'", "'&'"),
+    'a plus': ('a.jpg,dog+cat\n', "'dog+cat'"),
+    'a slash': ('a.jpg,dog/cat\n', "'dog/cat'"),
+    'the word and': ('a.jpg,dog and cat\n', "'dog and cat'", "'and'"),
+    'hashtags': ('a.jpg,#dog #cat\n', "'#dog #cat'"),
+    'scores': ('a.jpg,dog:0.9 cat:0.1\n', "'dog:0.9 cat:0.1'"),
+    'a remark': ('a.jpg,dog (small)\n', "'dog (small)'"),
+    'a name of two words': ('a.jpg,"traffic light, dog"\n', "'traffic light'", "'traffic_light'"),
+    'a name of two words, without quotes':
+        ('a.jpg,traffic light,dog\n', "'traffic light'", "'traffic_light'"),
+    'a name of two words, commas elsewhere':
+        ('a.jpg,dog\nb c.JPG,traffic light\nd.png,"dog, cat"\n', "'traffic light'", 'line 3'),
+    'nan': ('a.jpg,nan\n', "'nan'", 'empty'),
+    'None': ('a.jpg,dog\nb c.JPG,None\n', "'None'", 'empty', 'line 3'),
+    'N/A': ('a.jpg,N/A\n', "'N/A'", 'empty'),
+    'a dash': ('a.jpg,-\n', "'-'", 'empty'),
+    'a question mark': ('a.jpg,dog ?\n', "'?'", 'empty'),
+    'capitals': ('a.jpg,dog\nb c.JPG,Dog\n', "'Dog' and 'dog'"),
+    'a header with masks in mind': ('', 'no tag', 'line 1'),
+}
+
+
+@pytest.mark.parametrize('name', MISREAD)
+def test_cells_that_can_be_read_in_two_ways(pictures, name):
+    "Refused with the line and what to write; nothing is written, also where masks are given."
+    text, *words = MISREAD[name]
+    write_mask(pictures.parent/'masks'/'a.png', np.ones((8, 12)))
+    for options in ({}, dict(masks=pictures.parent/'masks')):
+        fails(lambda options=options: made(pictures, 'image,tags\n' + text, **options),
+              'list.csv', *words)
+    assert not (pictures.parent/'out').exists()
+
+
+@pytest.mark.parametrize('text, classes, want', [
+    ('a.jpg,"traffic light, dog"\n', 'traffic light,dog', {'traffic_light', 'dog'}),
+    ('a.jpg,traffic light\n', ['traffic_light'], {'traffic_light'}),
+    ('a.jpg,dog and cat\n', ['dog', 'and', 'cat'], {'dog', 'and', 'cat'}),
+    ('a.jpg,rock&roll none\n', ['rock&roll', 'none'], {'rock&roll', 'none'}),
+    ('a.jpg,Dog dog\n', ['Dog', 'dog'], {'Dog', 'dog'}),
+    ('a.jpg,"cat dog, bird"\nb c.JPG,cat\nd.png,dog\n', None, {'cat', 'dog', 'bird'}),
+    (nfd('a.jpg,büffel\nb c.JPG,')+'büffel\n', None, {'büffel'}),
+    (nfd('a.jpg,büffel\n'), 'büffel', {'büffel'}),
+    ('a.jpg,कुत्ता 猫 e-bike x.y\n', None, {'कुत्ता', '猫', 'e-bike', 'x.y'}),
+])
+def test_classes_decide_how_a_cell_is_read(pictures, text, classes, want):
+    assert made(pictures, 'image,tags\n' + text, classes=classes)[0]['a'] == want
+
+
+@pytest.mark.parametrize('classes', ['cat, dog', ' cat ;dog', ['cat', ' dog'], ['cat ', 'dog']])
+def test_spaces_around_given_classes(pictures, classes):
+    made(pictures, SHEETS['commas in quotes'], classes=classes)
+    assert TagFolder(pictures.parent/'out').classes == ['background', 'cat', 'dog']
+    assert class_counts(pictures.parent/'out') == {'cat': 2, 'dog': 2}
+
+
+@pytest.mark.parametrize('classes', ['cat,,dog', 'cat,dog,', 'cat,cat,dog'])
+def test_given_classes_without_a_name_or_twice(pictures, classes):
+    fails(lambda: made(pictures, SHEETS['spaces'], classes=classes), 'classes.txt')
+
+
+def test_a_class_folder_of_another_format(tmp_path):
+    "HEIC, as telephones write it, or WebP: the format is named, for one class or for all."
+    for name in ('cat/1.HEIC', 'cat/2.heic', 'dog/1.webp', 'dog/notes.txt'):
+        (tmp_path/'all'/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'all'/name).write_bytes(b'')
+    def make(): return make_folder(tmp_path/'out', tmp_path/'all')
+    fails(make, 'all has no photograph', '2 .heic, 1 .webp', '.jpg or .png')
+    photo(tmp_path/'all'/'dog'/'2.jpg')
+    fails(make, 'cat has no photograph', '2 .heic')
+    photo(tmp_path/'all'/'cat'/'3.jpg')
+    assert make() == {
+        'images': 2, 'without tags': 0, 'masks': 0, 'left out': 0, 'other files': 4}
+    (tmp_path/'empty').mkdir()
+    fails(lambda: make_folder(tmp_path/'out', tmp_path/'empty'), 'empty has no photograph')
+    (tmp_path/'list.csv').write_text('image,tags\n1,cat\n')
+    (tmp_path/'empty'/'1.tif').write_bytes(b'')
+    fails(lambda: make_folder(tmp_path/'out', tmp_path/'empty', tmp_path/'list.csv'), '1 .tif')
+
+
+def test_masks_of_a_mac(pictures):
+    photo(pictures/(nfd('büffel') + '.jpg'), 9)
+    write_mask(pictures.parent/'masks'/(nfd('büffel') + '.png'), np.ones((8, 12)))
+    sheet = 'image,tags\nbüffel,cat\na,cat\n'
+    counts = made(pictures, sheet, masks=pictures.parent/'masks')[1]
+    val = TagFolder(pictures.parent/'out', 'val')
+    assert counts['masks'] == 1 and val.ids == ['büffel'] and val.has_masks
+    check(val, masks=True)
+    assert not folder_report(pictures.parent/'out')[1]
+
+
+def test_names_of_240_bytes(pictures):
+    "Photograph, mask and link; longer ones are refused before anything is written."
+    photo(pictures/f'{"猫"*82}.jpg')
+    write_mask(pictures.parent/'masks'/f'{"猫"*82}.png', np.ones((8, 12)))
+    sheet = f'image,tags\n{"猫"*82}.jpg,cat\na,cat\n'
+    made(pictures, sheet, masks=pictures.parent/'masks')
+    check(TagFolder(pictures.parent/'out', 'val'), masks=True)
+    deep = pictures/('x'*100)/('y'*100)
+    for k in range(2):
+        photo(deep/str(k)/f'{"z"*100}.jpg', 9*k)
+    sheet = f'image,tags\n{"x"*100}/{"y"*100}/0/{"z"*100},cat\n'
+    shutil.rmtree(pictures.parent/'out')
+    fails(lambda: made(pictures, sheet), 'cannot be the name')
+    assert not (pictures.parent/'out').exists()
+
+
+# Called again.
+
+def test_again_without_masks(pictures):
+    "Links to masks and lists go; a photograph that is new is learned from."
+    write_mask(pictures.parent/'masks'/'a.png', np.ones((8, 12)))
+    out = pictures.parent/'out'
+    made(pictures, 'image,tags\na,cat\nd,dog\n', masks=pictures.parent/'masks')
+    assert TagFolder(out).ids == ['d']
+    counts = made(pictures, 'image,tags\na,cat\nd,dog\ne,dog\n')[1]
+    assert counts['masks'] == 0 and TagFolder(out).ids == ['a', 'd', 'e']
+    assert not (out/'ImageSets').exists() and not [*(out/'SegmentationClass').iterdir()]
+    assert not folder_report(out)[1]
+
+
+def test_again_with_other_masks(pictures):
+    "The mask of another photograph, then the same from another folder: links and lists follow."
+    out, sheet = pictures.parent/'out', 'image,tags\na,cat\nd,dog\ne,dog\n'
+    for name, masked, rest in (('one', 'a', ['d', 'e']), ('two', 'd', ['a', 'e']),
+                               ('three', 'd', ['a', 'e'])):
+        write_mask(pictures.parent/name/f'{masked}.png', np.ones((8, 12)))
+        made(pictures, sheet, masks=pictures.parent/name)
+        assert TagFolder(out).ids == rest and TagFolder(out, 'val').ids == [masked]
+        links = [*(out/'SegmentationClass').iterdir()]
+        assert [p.resolve() for p in links] == [pictures.parent/name/f'{masked}.png']
+        assert not folder_report(out)[1]
+
+
+def test_again_with_photographs_from_another_folder(pictures):
+    out, sheet = pictures.parent/'out', 'image,tags\na,cat\n'
+    made(pictures, sheet)
+    moved = pictures.rename(pictures.with_name('moved'))
+    photo(moved/'a.jpg', 200)
+    made(moved, sheet)
+    assert (out/'JPEGImages'/'a.jpg').resolve() == moved/'a.jpg'
+
+
+def test_masks_put_there_by_hand_stay(pictures):
+    "They are files, not links; lists follow them, too."
+    out, sheet = pictures.parent/'out', 'image,tags\na,cat\nd,dog\n'
+    made(pictures, sheet)
+    write_mask(out/'SegmentationClass'/'a.png', np.ones((8, 12)))
+    counts = made(pictures, sheet + 'e,dog\n')[1]
+    assert counts['masks'] == 1 and TagFolder(out, 'val').ids == ['a']
+    assert TagFolder(out).ids == ['d', 'e'] and TagFolder(out, 'val').has_masks
+
+
+@pytest.mark.parametrize('lists', [
+    dict(train='a\n', val='d\n'), dict(val='d\ne\n'), dict(train='d\ne\n', val='a\ne\n'),
+    dict(train='d\n')])
+def test_lists_written_by_hand_are_not_lost(pictures, lists):
+    out, sheet = pictures.parent/'out', 'image,tags\na,cat\nd,dog\ne,dog\n'
+    write_mask(pictures.parent/'masks'/'a.png', np.ones((8, 12)))
+    made(pictures, sheet, masks=pictures.parent/'masks')
+    for name, text in lists.items():
+        (out/'ImageSets'/f'{name}.txt').write_text(text)
+    before = tree(out/'ImageSets')
+    for options in ({}, dict(masks=pictures.parent/'masks')):
+        fails(lambda options=options: made(pictures, sheet, **options), 'by hand', 'ImageSets')
+        assert tree(out/'ImageSets') == before
+
+
+@pytest.mark.parametrize('steps', range(9))
+def test_after_a_kill_the_folder_is_made_again(pictures, monkeypatch, steps):
+    "Wherever the second call ends, a third makes what the second would have made."
+    out, masks, sheet = pictures.parent/'out', pictures.parent/'masks', 'image,tags\na,cat\nd,dog\n'
+    write_mask(masks/'a.png', np.ones((8, 12)))
+    made(pictures, sheet, masks=masks)
+    write_mask(masks/'d.png', np.ones((8, 12)))
+    replace, calls = os.replace, []
+    def cut(source, target):
+        calls.append(target)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', cut)
+        try:
+            made(pictures, sheet + 'e,dog\n', masks=masks)
+        except KeyboardInterrupt:
+            assert steps < 8
+    made(pictures, sheet + 'e,dog\n', masks=masks)
+    assert TagFolder(out).ids == ['e'] and TagFolder(out, 'val').ids == ['a', 'd']
+    assert not folder_report(out)[1]
+
+
+def test_other_lists_stay(pictures):
+    out = pictures.parent/'out'
+    made(pictures, 'image,tags\na,cat\nd,dog\n')
+    (out/'ImageSets').mkdir()
+    (out/'ImageSets'/'small.txt').write_text('a\n')
+    made(pictures, 'image,tags\na,cat\nd,dog\ne,cat\n')
+    assert TagFolder(out).ids == ['a', 'd', 'e'] and TagFolder(out, 'small').ids == ['a']
+
+
+# Masks of 0 and 255, and missing ones.
+
+@pytest.mark.parametrize('given', ['255=1', {255: 1}, '255=1,7=2', '255 = 1'])
+def test_mask_values(pictures, given):
+    "The masks in the dataset are converted files; the originals stay, and again changes nothing."
+    masks, out = pictures.parent/'masks', pictures.parent/'out'
+    for i in WANT:
+        write_mask(masks/f'{i}.png', np.full((8, 12), [[0, 255, 7]*4]))
+    before = [p.read_bytes() for p in sorted(masks.iterdir())]
+    options = dict(masks=masks, classes='cat,dog')
+    made(pictures, SHEETS['spaces'], **options)
+    assert any('value 7' in p for p in folder_report(out)[1])
+    for _ in range(2):
+        made(pictures, SHEETS['spaces'], mask_values=given, **options)
+        assert [p.read_bytes() for p in sorted(masks.iterdir())] == before
+        other = 2 if '7' in str(given) else 7
+        assert TagFolder(out).mask(0)[0, :3].tolist() == [0, 1, other]
+    write_mask(masks/'a.png', np.full((8, 12), 255))
+    fails(lambda: made(pictures, SHEETS['spaces'], mask_values=given, **options),
+          'a.png', 'there already')
+
+
+@pytest.mark.parametrize('given, words', [
+    ('255', 'VALUE=CLASS'), ('255=1=2', 'VALUE=CLASS'), ('255=dog', 'VALUE=CLASS'),
+    ('', 'VALUE=CLASS'), ('255=3', '255=3'), ({256: 1}, '256=1'), ({255: -1}, '255=-1')])
+def test_mask_values_that_are_none(pictures, given, words):
+    write_mask(pictures.parent/'masks'/'a.png', np.full((8, 12), 255))
+    fails(lambda: made(pictures, SHEETS['spaces'], masks=pictures.parent/'masks',
+                       mask_values=given), words)
+    assert not (pictures.parent/'out').exists()
+
+
+def test_mask_values_need_masks_from_elsewhere(pictures):
+    out = pictures.parent/'out'
+    fails(lambda: made(pictures, SHEETS['spaces'], mask_values='255=1'), 'folder of the masks')
+    write_mask(out/'SegmentationClass'/'a.png', np.full((8, 12), 255))
+    fails(lambda: made(pictures, SHEETS['spaces'], masks=out/'SegmentationClass',
+                       mask_values='255=1'), 'would be overwritten')
+    assert read_mask(out/'SegmentationClass'/'a.png').min() == 255
+
+
+def test_a_report_on_masks_of_0_and_255(pictures):
+    for i in WANT:
+        write_mask(pictures.parent/'masks'/f'{i}.png', np.full((8, 12), [[0, 255, 0]*4]))
+    made(pictures, SHEETS['spaces'], masks=pictures.parent/'masks')
+    problems = folder_report(pictures.parent/'out')[1]
+    assert len(problems) == 1
+    for words in ('a.png has only 0 and 255', '3 of the 3', 'should be 1', '--mask-values 255=1'):
+        assert words in problems[0]
+
+
+def test_missing_masks_are_counted(mine):
+    assert mask_remarks(mine) == []
+    (mine/'SegmentationClass'/'val00002.png').unlink()
+    for i in range(5):
+        (mine/'SegmentationClass'/f'train0000{i}.png').unlink()
+    train, val = mask_remarks(mine)
+    assert train.startswith("5 of 16 photographs in the list 'train' lack") and '00000.png' in train
+    assert val.startswith("1 of 4 photographs in the list 'val' lack") and 'val00002.png' in val
+    shutil.rmtree(mine/'SegmentationClass')
+    assert mask_remarks(mine) == []
+
+
+# Disks without links, and disks that are full.
+
+@pytest.mark.parametrize('number', [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_where_links_are_refused_files_are_copied(pictures, monkeypatch, number):
+    def refuse(source, target): raise OSError(number, os.strerror(number), str(target))
+    monkeypatch.setattr(os, 'symlink', refuse)
+    write_mask(pictures.parent/'masks'/'a.png', np.ones((8, 12)))
+    out = pictures.parent/'out'
+    for _ in range(2):
+        got, counts = made(pictures, SHEETS['spaces'], masks=pictures.parent/'masks')
+        assert TagFolder(out).ids == ['b c', 'd', 'e'] and TagFolder(out, 'val').has_masks
+        assert not any(p.is_symlink() for p in out.rglob('*')) and counts['masks'] == 1
+    assert (out/'JPEGImages'/'a.jpg').read_bytes() == (pictures/'a.jpg').read_bytes()
+    photo(pictures/'a.jpg', 99)
+    fails(lambda: made(pictures, SHEETS['spaces'], masks=pictures.parent/'masks'),
+          'a.jpg', 'there already')
+
+
+def test_a_copy_is_not_written_through_a_link(pictures, monkeypatch, tmp_path):
+    "What an interrupted call left under the temporary name leads to a file of the user."
+    target = tmp_path/'out'/'a.jpg'
+    part = target.with_name(f'.a.{os.getpid()}.part.jpg')
+    part.parent.mkdir()
+    part.symlink_to(pictures/'d.png')
+    before = (pictures/'d.png').read_bytes()
+    def refuse(source, target): raise OSError(errno.EPERM, 'no', str(target))
+    monkeypatch.setattr(os, 'symlink', refuse)
+    link_file(pictures/'a.jpg', target)
+    assert (pictures/'d.png').read_bytes() == before and not target.is_symlink()
+
+
+def test_a_folder_that_is_not_writable(pictures, monkeypatch):
+    def refuse(*path): raise OSError(errno.EROFS, 'Read-only file system', str(path[-1]))
+    monkeypatch.setattr(os, 'symlink', refuse)
+    monkeypatch.setattr(shutil, 'copyfile', refuse)
+    fails(lambda: made(pictures, SHEETS['spaces']), 'a.jpg cannot be written', 'Read-only')
 
 
 def is_name(text): return text == text.strip() and text[0] != '.' and text != '..'

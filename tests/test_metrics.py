@@ -72,6 +72,19 @@ def test_curve_refuses_what_would_count_elsewhere(cam, present, truth):
     assert not curve.hist.any()
 
 
+@pytest.mark.parametrize('wrong', [3, 128, 254, 256, -1])
+def test_truth_of_a_class_that_does_not_exist(wrong):
+    "The curve refuses it, as `confusion` does, and does not count it as unknown."
+    truth = np.array([[0, 2], [255, wrong]])
+    for cam, present in ((np.zeros((1, 2, 2)), [1]), (np.zeros((0, 2, 2)), [])):
+        curve = ThresholdCurve(3)
+        with pytest.raises(ValueError):
+            curve.add(cam, present, truth)
+        assert not curve.counts().any()
+        curve.add(cam, present, np.where(truth == wrong, 255, truth))
+        assert (curve.counts().sum((1, 2)) == 2).all()
+
+
 def timed(work):
     "Seconds that one call takes."
     began = time.perf_counter()

@@ -1,8 +1,11 @@
 "Photographs in, masks out: equal to the run's own, whatever the files are called and contain."
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
+import unicodedata
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -15,8 +18,17 @@ from torch.nn import functional as F
 import ppc
 from ppc.cam import Maps
 from ppc.crf import seed_mask, write_masks
-from ppc.data import DataError, TagFolder, normalise, read_image, read_mask, voc_palette
+from ppc.data import (
+    DataError,
+    TagFolder,
+    WriteError,
+    normalise,
+    read_image,
+    read_mask,
+    voc_palette,
+)
 from ppc.deeplab import write_predictions
+from ppc.folders import make_folder
 from ppc.inference import read_cam, write_cams
 from ppc.pipeline import run, trained_segmenter
 from ppc.plots import legend, overlay
@@ -24,6 +36,7 @@ from ppc.predicting import (
     CamModel,
     SegmenterModel,
     areas,
+    find_imagenet,
     find_photographs,
     load_model,
     mask_of,
@@ -250,8 +263,11 @@ def test_tags_reach_their_photographs(tmp_path):
 @pytest.mark.parametrize('content, words', [
     (b'', 'line 1'),
     (b'a,cat\n', 'line 1'),
-    (b'image,tags\na,cat,dog\n', 'line 2 has 3 columns'),
-    (b'image,tags\na,cat\na.jpg,dog\n', "line 3 repeats image 'a'"),
+    (b'image,tags\n', 'line 1'),
+    (b'image,tags\na,dog|cat\n', "line 2 has 'dog.cat'"),
+    (b'image,tags\na,cat\nb,nan\n', "line 3 has 'nan'"),
+    (b'image,tags\na,"traffic light, cat"\n', "line 2 has 'traffic light'"),
+    (b'image,cat,dog\na,1,2\n', "line 2 has '2'"),
     ('image,tags\nbär,cat\n'.encode('latin1'), 'UTF-8'),
     (None, 'is missing')])
 def test_bad_spreadsheet(tmp_path, content, words):
@@ -259,6 +275,51 @@ def test_bad_spreadsheet(tmp_path, content, words):
         (tmp_path/'t.csv').write_bytes(content)
     with pytest.raises(DataError, match=words):
         read_names(tmp_path/'t.csv')
+
+
+SHEETS = {
+    'columns without quotes': 'image,tags\na.jpg,cat,dog\nb,\n',
+    'a row for each tag': 'image,tags\na,cat\na.jpg,dog\nb,\n',
+    'commas in quotes': 'image,tags\na.jpg,"cat, dog"\nb,background\n',
+    'semicolons': 'Bild;Inhalt\r\na.jpg;cat, dog\r\nb;\r\n',
+    'a column for each class': 'image,cat,dog\na.jpg,x,x\nb,,\n',
+    'a path of Windows': 'image,tags\n.\\a.jpg,dog cat\nb,\n',
+}
+
+
+@pytest.mark.parametrize('name', SHEETS)
+def test_a_spreadsheet_is_read_as_for_a_dataset(tmp_path, name):
+    "One reader: what `make_folder` reads, `predict` reads in the same way."
+    for photograph in 'ab':
+        photo(tmp_path/'in'/f'{photograph}.jpg')
+    (tmp_path/'t.csv').write_bytes(SHEETS[name].encode())
+    make_folder(tmp_path/'data', tmp_path/'in', tmp_path/'t.csv')
+    folder = TagFolder(tmp_path/'data')
+    names = read_names(tmp_path/'t.csv')
+    for i, row in zip(folder.ids, folder.tags):
+        assert {*names[i]} == {c for c, t in zip(folder.classes[1:], row) if t}
+    predict(Halves(), [tmp_path/'in'], tmp_path/'out', names)
+
+
+def test_classes_of_the_network_decide_how_a_cell_is_read(tmp_path):
+    (tmp_path/'t.csv').write_text('image,tags\na,"traffic light, cat"\nb,x\n')
+    names = read_names(tmp_path/'t.csv', ['cat', 'traffic_light', 'x'])
+    assert names == {'a': ['traffic_light', 'cat'], 'b': ['x']}
+    assert find_imagenet('Egyptian_cat') == find_imagenet('egyptian cat')
+
+
+@pytest.mark.parametrize('files, rows', [('NFD', 'NFC'), ('NFC', 'NFD'), ('NFD', 'NFD')])
+def test_names_of_a_mac(tmp_path, files, rows):
+    "In a spreadsheet and in a dict, for a photograph in a folder and by its name alone."
+    def name(form, text='Käse/Frühstück'): return unicodedata.normalize(form, text)
+    photo(tmp_path/'in'/f'{name(files)}.jpg')
+    photo(tmp_path/'in'/'b.jpg')
+    model = Halves()
+    for row in (name(rows), name(rows, 'Frühstück')):
+        (tmp_path/'t.csv').write_text(f'image,tags\n{row}.jpg,cat\nb,dog\n')
+        for tags in (read_names(tmp_path/'t.csv'), {row: ['cat'], 'b': ['dog']}):
+            predict(model, [tmp_path/'in'], tmp_path/'out', tags)
+            assert sorted(tags for _, tags in model.seen[-2:]) == [['cat'], ['dog']]
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -379,9 +440,31 @@ def test_names(tmp_path):
     assert find('y/film.mp4') == ['film']  # a file that is named needs no known ending
     with pytest.raises(DataError, match='no photographs'):
         find_photographs(iter([]), tmp_path)
-    for path, words in (('z', 'z is missing'), ('y/album.jpg', 'album.jpg holds no photographs')):
+    long = 'x'*300
+    for path, words in (('z', 'z is missing'), ('y/album.jpg', 'album.jpg holds no photographs'),
+                        (long, 'xx is missing')):
         with pytest.raises(DataError, match=words):
             find('x', path)
+
+
+@pytest.mark.parametrize('kind', [str, Path])
+def test_one_path_is_not_a_list_of_letters(tmp_path, kind):
+    for name in 'ab':
+        photo(tmp_path/'in'/f'{name}.jpg')
+    table, problems = predict(Halves(), kind(tmp_path/'in'), kind(tmp_path/'out'))
+    assert [*table.image.unique()] == ['a', 'b'] and not problems
+    table, _ = predict(Halves(), kind(tmp_path/'in'/'a.jpg'), tmp_path/'out')
+    assert [*table.image.unique()] == ['a']
+    with pytest.raises(DataError, match='nowhere/ is missing|nowhere is missing'):
+        predict(Halves(), 'nowhere/', tmp_path/'out')
+
+
+def test_formats_that_are_not_read_are_named(tmp_path):
+    for name in ('1.HEIC', '2.heic', 'sub/3.webp'):
+        (tmp_path/'in'/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'in'/name).write_bytes(b'')
+    with pytest.raises(DataError, match='in holds no photographs, but 2 .heic, 1 .webp'):
+        find_photographs([tmp_path/'in'], tmp_path/'out')
 
 
 NAMES = st.lists(
@@ -512,6 +595,61 @@ def test_one_that_is_too_large_for_the_memory(tmp_path):
         assert 'b.jpg needs more memory' in problems[0] and 'limit' in problems[0]
     with pytest.raises(RuntimeError, match='mat1'):
         predict(FailsOnWide(shapes_do_not_fit), [tmp_path/'in'], tmp_path/'out')
+
+
+def system_fails(): raise OSError(errno.EIO, 'Input/output error')
+
+def path_is_too_long(): open('x'*300)
+
+
+def test_an_error_of_the_system_stops_nothing(tmp_path):
+    "One photograph whose name leaves no room for its mask's, and errors of reading."
+    photo(tmp_path/'in'/'a.jpg')
+    photo(tmp_path/'in'/'b.jpg', (90, 40))
+    photo(tmp_path/'in'/f'{"猫"*82}.jpg')
+    photo(tmp_path/'in'/f'{"x"*251}.jpg')
+    photo(tmp_path/'in'/f'{"x"*251}.png')
+    for fail in (system_fails, path_is_too_long):
+        table, problems = predict(FailsOnWide(fail), [tmp_path/'in'], tmp_path/'out')
+        assert [*table.image.unique()] == ['a', '猫'*82] and len(problems) == 3
+        assert 'b.jpg has no mask' in problems[0]
+        assert all('too long' in p for p in problems[1:])
+        assert read_mask(tmp_path/'out'/'masks'/f'{"猫"*82}.png').shape == (40, 60)
+
+
+def test_names_of_no_text_encoding(tmp_path):
+    "A name in Latin-1, from an old archive."
+    photo(tmp_path/'in'/'a.jpg')
+    (tmp_path/'in'/'a.jpg').rename(os.fsdecode(os.fsencode(tmp_path/'in') + b'/b\xe4r.jpg'))
+    photo(tmp_path/'in'/'a.jpg')
+    table, problems = predict(Halves(), [tmp_path/'in'], tmp_path/'out')
+    assert not problems and len({*table.image}) == 2
+    assert len([*(tmp_path/'out'/'masks').iterdir()]) == 2
+    assert len({*pd.read_csv(tmp_path/'out'/'areas.csv').image}) == 2
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_folder_of_results_that_takes_nothing_stops(tmp_path, monkeypatch, number):
+    "A full disk or a folder that is not writable concerns all photographs."
+    for name in 'ab':
+        photo(tmp_path/'in'/f'{name}.jpg')
+    model, replace = Halves(), os.replace
+    def refuse(source, target):
+        if 'masks' in Path(target).parts:
+            raise OSError(number, os.strerror(number), str(source), None, str(target))
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(WriteError, match='a.png cannot be written'):
+        predict(model, [tmp_path/'in'], tmp_path/'out')
+    assert len(model.seen) == 1
+
+
+def test_results_where_a_file_is(tmp_path):
+    photo(tmp_path/'in'/'a.jpg')
+    model = Halves()
+    with pytest.raises(DataError, match='a.jpg is a file: give a folder'):
+        predict(model, [tmp_path/'in'], tmp_path/'in'/'a.jpg')
+    assert not model.seen
 
 
 MODES = {'L': 'jpg', 'CMYK': 'jpg', 'P': 'png', '1': 'png', 'LA': 'png', 'RGBA': 'png'}

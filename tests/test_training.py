@@ -1,13 +1,16 @@
-"Killed, stopped or left alone: the same bits."
+"Killed, stopped or left alone: the same bits; what a machine lacks is said."
+import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import pytest
 import torch
-from ppc.backbones import Tiny, load_weights, read_weights
-from ppc.data import DataError
-from ppc.training import Batches, fit, read_log
+from ppc.backbones import Tiny, load_weights, read_weights, torchvision_state
+from ppc.data import DataError, WriteError
+from ppc.sources import conversion_record
+from ppc.training import Batches, fit, load_checkpoint, read_log
 
 pytestmark = pytest.mark.slow
 
@@ -163,3 +166,140 @@ def test_weights_run_no_code(tmp_path):
     with pytest.raises(DataError, match='evil.pt'):
         read_weights(tmp_path/'evil.pt')
     assert not (tmp_path/'ran').exists()
+
+
+# Files that are no weights.
+
+def pickled(path): torch.save({'a': torch.nn.Conv2d(1, 1, 1)}, path)
+
+NO_WEIGHTS = {  # what a download left behind, and words about it
+    'a web page': (b'<!DOCTYPE html><html>Too many downloads</html>', 'web page'),
+    'a web page with a byte-order mark': (b'\xef\xbb\xbf\n<html>Not found</html>', 'web page'),
+    'XML of a bucket': (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', 'XML'),
+    'a pointer of LFS':
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n', 'git lfs pull'),
+    'nothing': (b'', 'it is empty'),
+    'text': (b'{"message": "Not Found"}', 'damaged or of another format'),
+    'zeros': (b'\0'*5000, 'damaged or of another format'),
+    'a whole network': (pickled, 'more than tensors'),
+}
+
+
+@pytest.mark.parametrize('ending', ['pth', 'safetensors'])
+@pytest.mark.parametrize('name', NO_WEIGHTS)
+def test_files_that_are_no_weights_are_named(tmp_path, name, ending):
+    "The reason is said, and never torch's advice to run what is in the file."
+    content, words = NO_WEIGHTS[name]
+    path = tmp_path/f'w.{ending}'
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    if name == 'a whole network' and ending == 'safetensors':
+        words = 'damaged or of another format'
+    with pytest.raises(DataError, match=words) as e:
+        read_weights(path)
+    assert 'w.' in str(e.value) and '\n' not in str(e.value)
+    assert 'weights_only' not in str(e.value) and 'trust' not in str(e.value)
+    if ending == 'safetensors':
+        with pytest.raises(DataError, match=words):
+            conversion_record(path)
+
+
+@pytest.mark.parametrize('name', NO_WEIGHTS)
+def test_torchvisions_file_that_is_no_weights(tmp_path, monkeypatch, name):
+    "A file that a proxy put into the cache."
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    content, words = NO_WEIGHTS[name]
+    path = tmp_path/'hub'/'checkpoints'/'resnet50-0676ba61.pth'
+    path.parent.mkdir(parents=True)
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=words) as e:
+        torchvision_state('resnet50', 'IMAGENET1K_V1')
+    assert str(path) in str(e.value) and 'weights_only' not in str(e.value)
+
+
+@pytest.mark.parametrize('name', NO_WEIGHTS)
+def test_a_checkpoint_that_is_none(tmp_path, name):
+    content, _ = NO_WEIGHTS[name]
+    path = tmp_path/'checkpoint.pt'
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+    with pytest.raises(DataError, match='checkpoint.pt cannot be continued.*: delete it') as e:
+        load_checkpoint(path, model, optimizer, None)
+    assert 'weights_only' not in str(e.value) and '\n' not in str(e.value)
+
+
+# Machines that have too little of something.
+
+class Large(torch.utils.data.Dataset):
+    "Items of 400 kB, of which some are at fault."
+    def __init__(self, fault=None): self.fault = fault
+    def __len__(self): return 8
+    def __getitem__(self, key):
+        if self.fault and key[1] == 3:
+            self.fault()
+        return {'x': torch.zeros(100_000)}
+
+
+def raise_data_error(): raise DataError('a.jpg cannot be read as an image: replace it.')
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def bus_error(): os.kill(os.getpid(), signal.SIGBUS)
+
+def other_error(): raise RuntimeError('shapes differ')
+
+
+def fit_large(out, data, workers=1, width=1):
+    model = torch.nn.Linear(100_000, width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+    def losses(model, batch): return {'a': model(batch['x']).mean()}
+    fit(model, losses, data, optimizer, out, epochs=1, batch_size=2, workers=workers, device='cpu')
+
+
+@pytest.fixture
+def small_files():
+    "Files end at 50 kB, in shared memory as well, as on a full disk."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_too_little_shared_memory_is_said(tmp_path, small_files):
+    with pytest.raises(DataError, match='too little shared memory .*MB.*set workers to 0'):
+        fit_large(tmp_path, Large())
+
+
+@pytest.mark.parametrize('fault, words', [
+    (raise_data_error, '^a.jpg cannot be read as an image: replace it.$'),
+    (bus_error, 'shared memory .*/dev/shm has .*set workers to 0'),
+    (die, 'was killed, perhaps as memory ran out.*set workers to 0'),
+])
+def test_an_error_in_a_process_that_loads_images_is_a_sentence(tmp_path, fault, words):
+    with pytest.raises(DataError, match=words) as e:
+        fit_large(tmp_path, Large(fault))
+    assert '\n' not in str(e.value)
+
+
+def test_another_error_in_such_a_process_stays(tmp_path):
+    with pytest.raises(RuntimeError, match='shapes differ'):
+        fit_large(tmp_path, Large(other_error))
+
+
+def test_a_full_disk_while_training_is_said(tmp_path, small_files):
+    "The checkpoint holds 400 kB; and a log that cannot grow."
+    with pytest.raises(WriteError, match='checkpoint.pt cannot be written, the disk'):
+        fit_large(tmp_path, Large(), workers=0)
+    assert [p.name for p in tmp_path.iterdir()] == ['log.jsonl']
+    (tmp_path/'log.jsonl').write_text('{"step": 0}\n'*4166)
+    with pytest.raises(WriteError, match='log.jsonl cannot be written, the disk'):
+        fit_large(tmp_path, Large(), workers=0)
