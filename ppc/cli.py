@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'SUMMARY_COLUMNS', 'app', 'EXPECTED', 'data', 'DIR', 'TAGS_HELP', 'CLASSES_HELP', 'VALUES_HELP', 'VOC_HELP',
-           'COCO_HELP', 'MAPS_HELP', 'RECIPE_FOLDER', 'PARAMS', 'MORE', 'weights', 'FETCH_HELP', 'MODEL_HELP',
-           'TAGS_FILE_HELP', 'LIMIT_HELP', 'EXPORT_HELP', 'run_notebook', 'check_kernel', 'execute', 'run_summary',
-           'errors_as_sentences', 'pretrain_command', 'scenes', 'counts_text', 'classes_text', 'folder', 'voc', 'coco',
-           'saliency', 'end_with', 'check', 'recipe_names', 'find_recipe', 'read_yaml', 'read_parameters',
-           'read_config', 'run', 'demo', 'recipe', 'plan', 'clock', 'plan_text', 'sweep', 'table', 'report',
-           'known_weights', 'source_text', 'needed_weights', 'show_needed', 'fetch', 'convert', 'named_imagenet',
-           'predict', 'export']
+           'COCO_HELP', 'MAPS_HELP', 'RECIPE_FOLDER', 'PARAMS', 'MORE', 'FRESH_HELP', 'weights', 'FETCH_HELP',
+           'MODEL_HELP', 'TAGS_FILE_HELP', 'LIMIT_HELP', 'EXPORT_HELP', 'run_notebook', 'check_kernel', 'execute',
+           'run_summary', 'errors_as_sentences', 'pretrain_command', 'scenes', 'counts_text', 'classes_text', 'folder',
+           'voc', 'coco', 'saliency', 'end_with', 'check', 'recipe_names', 'find_recipe', 'read_yaml',
+           'read_parameters', 'read_config', 'run', 'demo', 'recipe', 'plan', 'clock', 'plan_text', 'sweep', 'table',
+           'report', 'known_weights', 'source_text', 'needed_weights', 'show_needed', 'fetch', 'convert',
+           'named_imagenet', 'predict', 'export']
 
 # %% ../nbs/49_cli.ipynb #c21d7141
 import warnings
@@ -23,14 +23,14 @@ from typing import Any
 import pandas as pd
 import papermill
 import typer
-import yaml
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from jupyter_client.kernelspec import NoSuchKernel
+from papermill.exceptions import PapermillExecutionError
 from .coco import make_coco
 from .data import read_image
 from .deeplab import export as export_network
 from .folders import class_counts, folder_report, make_folder, mask_remarks
 from .methods import DEFAULT_METHODS
-from .parameters import Config, modern
+from .parameters import Config, modern, parse_yaml, plain
 from .pipeline import device_name, trained_segmenter
 from .pipeline import run as run_pipeline
 from .planning import dry_run
@@ -62,7 +62,16 @@ from ppc.sources import (
 )
 from .sources import convert as convert_weights
 from .sources import fetch as fetch_weights
-from .sweeps import defaults, grid, local_engine, read_values, summary_line, sweep_state
+from ppc.sweeps import (
+    OWN_KERNEL,
+    OwnKernel,
+    defaults,
+    grid,
+    local_engine,
+    read_values,
+    summary_line,
+    sweep_state,
+)
 from .sweeps import sweep as run_sweep
 from .tables import collect_numbers, conclusion, read_table, table_text, update_file
 
@@ -77,29 +86,33 @@ def run_notebook() -> Path:
     return path
 
 def check_kernel() -> None:
-    "Raise `ValueError` where no Python kernel is installed, which papermill needs."
+    "Raise `ValueError` where this Python has no kernel, which papermill needs."
     try:
-        KernelSpecManager().get_kernel_spec('python3')
+        OwnKernel().kernel_spec_manager.get_kernel_spec('python3')
     except NoSuchKernel:
         raise ValueError(
-            'Jupyter has no kernel python3, which the notebook of a run needs: '
-            'python -m ipykernel install --user') from None
+            'The notebook of a run needs the package ipykernel: pip install ipykernel') from None
 
 # %% ../nbs/49_cli.ipynb #03f5abe9
 def execute(
     out: Path,  # run folder
     parameters: dict[str, Any],  # of the run
+    fresh_from: list[str] | None = None,  # stages to do again
 ) -> dict:  # metrics of the run
     "Run the stages, then the notebook and the report on what they made."
     book = run_notebook()
     check_kernel()
     typer.echo(f'Checking the data and running the stages in {out}; '
                'stop with Ctrl-C, start again to continue.')
-    metrics = run_pipeline(out, **parameters)
+    metrics = run_pipeline(out, fresh_from=fresh_from or (), **parameters)
     typer.echo('Writing the notebook.')
     given = dict(modern(parameters), out=str(out))
-    quiet = dict(progress_bar=False, kernel_name='python3')
-    papermill.execute_notebook(book, Path(out)/'run.ipynb', given, **quiet)
+    try:
+        papermill.execute_notebook(book, Path(out)/'run.ipynb', given, **OWN_KERNEL)
+    except (PapermillExecutionError, RuntimeError, OSError) as e:  # RuntimeError: of the kernel
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        typer.echo(f'ppc: the run is done, but its notebook could not be made ({reason[-1]}).',
+                   err=True)
     report_page(out, Path(out)/'report.html')
     return metrics
 
@@ -127,16 +140,16 @@ EXPECTED = ValueError, FileNotFoundError, FloatingPointError, ImportError, Stopp
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    "An error that the user can mend becomes a sentence; so does the warning of an old parameter."
+    "An error that the user can mend becomes a sentence; so do warnings of a run's settings."
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def show_renamed(message, *about, **more):
-            if ' is now ' in str(message):
+        def show_sentence(message, *about, **more):
+            if any(words in str(message) for words in (' is now ', ' is begun again')):
                 typer.echo(f'ppc: {message}', err=True)
             else:
                 show(message, *about, **more)
-        warnings.showwarning = show_renamed
+        warnings.showwarning = show_sentence
         try:
             yield
         except EXPECTED as e:
@@ -296,15 +309,15 @@ def find_recipe(path: Path | str) -> Path:
 def read_yaml(path: Path | str) -> dict[str, Any]:
     "The lines `name: value` of a file. Raises `ValueError`."
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding='utf-8-sig')) or {}
+        found = parse_yaml(Path(path).read_text(encoding='utf-8-sig')) or {}
     except FileNotFoundError:
         known = ', '.join(recipe_names())
         raise ValueError(f'{path} is missing: give a YAML file, or a recipe: {known}.') from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f'{path} cannot be read as YAML: {e}') from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f'{path} should hold lines "name: value".')
-    return found
+    return {name: plain(name, value) for name, value in found.items()}
 
 # %% ../nbs/49_cli.ipynb #794d7fcd
 def read_parameters(
@@ -317,10 +330,16 @@ def read_parameters(
         name, eq, value = item.partition('=')
         if not eq:
             raise ValueError(f'-p {item} should be -p NAME=VALUE.')
-        found[name] = yaml.safe_load(value) if value else ''
-    if not found.get('out'):
+        try:
+            found[name] = plain(name, parse_yaml(value)) if value else ''
+        except ValueError as e:
+            raise ValueError(f'-p {item} cannot be read: {e}') from None
+    out = found.pop('out', None)
+    if not out and out != 0:
         raise ValueError(f'{path} names no run folder: add a line "out: runs/mine".')
-    return Path(found.pop('out')), found
+    if not isinstance(out, str):
+        raise ValueError(f'out is {out!r}, it should be of type str: the path of the run folder.')
+    return Path(out), found
 
 def read_config(path: Path | str) -> Config:
     "The parameters of a file as a `Config`. Raises `ValueError`."
@@ -332,13 +351,20 @@ def read_config(path: Path | str) -> Config:
 PARAMS = typer.Argument(..., help='YAML file of parameters, or the name of a recipe.')
 MORE = typer.Option(None, '-p', help='NAME=VALUE, goes before what the file says. Repeatable.')
 
+# %% ../nbs/49_cli.ipynb #5502565e
+FRESH_HELP = ('Stage to do again, with all that depends on it, as data or settings were changed: '
+              'masks, cam/train, or train for that of every method. Repeatable.')
+
 # %% ../nbs/49_cli.ipynb #b23e2707
 @app.command()
-def run(params: Path = PARAMS, p: list[str] | None = MORE) -> None:
+def run(
+    params: Path = PARAMS, p: list[str] | None = MORE,
+    fresh_from: list[str] | None = typer.Option(None, metavar='STAGE', help=FRESH_HELP),
+) -> None:
     "Tags in, masks out, on your own folder: the run that PARAMS describes, in its folder `out`."
     with errors_as_sentences():
         out, parameters = read_parameters(params, p)
-        typer.echo(run_summary(out, execute(out, parameters)))
+        typer.echo(run_summary(out, execute(out, parameters, fresh_from)))
 
 # %% ../nbs/49_cli.ipynb #78cc90e1
 @app.command()
@@ -434,12 +460,15 @@ def table(
 # %% ../nbs/49_cli.ipynb #524fbabb
 @app.command()
 def report(
-    runs: Path = typer.Argument(..., help='Folder of a run, or of a sweep.'),
-    out: Path | None = typer.Option(None, help='File; otherwise report.html in that folder.'),
+    runs: Path = typer.Argument(..., help='Folder of a run or of a sweep, or its records .jsonl.'),
+    out: Path | None = typer.Option(
+        None, help='File; otherwise report.html in that folder, or .html beside the records.'),
 ) -> None:
     "A run, or a sweep, as one HTML page: tables, curves, pictures, settings, versions."
     with errors_as_sentences():
-        typer.echo(report_page(runs, out or runs/'report.html'))
+        records = runs.suffix == '.jsonl'
+        file = runs.with_suffix('.html') if records else runs/'report.html'
+        typer.echo(report_page(runs, out or file))
 
 # %% ../nbs/49_cli.ipynb #02760840
 weights = typer.Typer(

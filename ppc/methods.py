@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PCMS', 'METHODS', 'DEFAULT_METHODS', 'CLASSIFIERS', 'CHANCE_SOURCES', 'INIT_PARTS', 'Batch', 'Method',
            'classification_terms', 'seam_terms', 'make_pcm', 'eps_terms', 'contrast_reading', 'contrast_terms',
-           'find_method', 'training_losses', 'make_backbone', 'make_camnet', 'check_methods']
+           'find_method', 'training_losses', 'make_backbone', 'make_camnet', 'method_list', 'check_methods']
 
 # %% ../nbs/29_methods.ipynb #b81d01d8
 from collections.abc import Callable, Iterable
@@ -194,6 +194,16 @@ def make_camnet(
 CHANCE_SOURCES = 'init', 'order', 'views', 'noise'  # what a seed decides in a training
 INIT_PARTS = {'classifier': 'classifier', 'projector': 'projector', 'pcm': 'refine'}
 
+# %% ../nbs/29_methods.ipynb #f9bc090b
+def method_list(
+    methods: str | Method | Iterable[str | Method],  # one, or several
+) -> list[str | Method]:
+    "The methods of a run as a list. Raises `ValueError` for none, and for what is no name."
+    found = [methods] if isinstance(methods, (str, Method)) else list(methods)
+    if not found or not all(isinstance(m, (str, Method)) for m in found):
+        raise ValueError(f'methods is {methods!r}, it should name one or more, as in [cam, seam].')
+    return found
+
 # %% ../nbs/29_methods.ipynb #53429876
 def check_methods(methods: Iterable[str | Method], config: Config) -> list[Method]:
     "The methods of a run. Raises `ValueError` for what cannot be trained."
@@ -206,4 +216,4 @@ def check_methods(methods: Iterable[str | Method], config: Config) -> list[Metho
         raise ValueError(f'classifier is {config.cam.classifier!r}: choose from {known}.')
     contrast_reading(config)
     make_pcm([1, 1], config)
-    return [find_method(m) for m in methods]
+    return [find_method(m) for m in method_list(methods)]

@@ -73,12 +73,15 @@ def _histogram(truth, winner, exceeded, shape):
     """Pixels by (truth, winner, thresholds exceeded) in an array of `shape`, without unknown truth.
     Raises `ValueError` for the truth of a class that does not exist."""
     classes, _, levels = shape
-    known = truth != 255
-    row = np.full(truth.shape, classes)  # the extra one
-    row[known] = _class_numbers(truth[known], classes)
+    if truth.min(initial=0) < 0:
+        _class_numbers(truth[truth != 255], classes)
+    row = np.minimum(truth, classes).astype(np.int64)  # 255 becomes the extra row
     cell = (row*classes + winner)*levels + exceeded
     counts = np.bincount(cell.ravel(), minlength=(classes + 1)*classes*levels)
-    return counts[:classes*classes*levels].reshape(shape)
+    known = counts[:classes*classes*levels]
+    if truth.size - known.sum() != np.count_nonzero(truth == 255):
+        _class_numbers(truth[truth != 255], classes)
+    return known.reshape(shape)
 
 # %% ../nbs/02_metrics.ipynb #ec140533
 THRESHOLDS = np.arange(60)/100  # background thresholds, as the usual evaluation has them

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 from .data import DataError, TagFolder
-from .methods import Method, find_method
+from .methods import Method, find_method, method_list
 from .parameters import Config
-from .pipeline import Plan, do_stage, memory_problems, open_lists, splits
+from .pipeline import Plan, check_batches, do_stage, memory_problems, open_lists, splits
 from .sources import check_start, required_starts
 from .stages import Stage, stage_keys, stages
 from .training import Batches, read_log
@@ -87,19 +87,20 @@ def shortened(
 
 # %% ../nbs/44_planning.ipynb #4b341083
 def dry_run(
-    methods: Iterable[str | Method],
+    methods: str | Method | Iterable,
     steps: int = 10,  # of each training
     listed: Callable = stages,  # (config, methods) -> list of stages
     **parameters: Any,  # of the run
 ) -> tuple[list[str], pd.DataFrame | None]:  # what is missing; stages, None without their lists
     "What a run would do here: stages, images, steps, seconds, megabytes. Raises `ValueError`."
-    config, methods = Config.from_flat(**parameters), list(methods)
+    config, methods = Config.from_flat(**parameters), method_list(methods)
     found, missing = listed(config, methods), missing_inputs(methods, config)
     with tempfile.TemporaryDirectory() as folder:
         try:
             lists = open_lists(Path(folder), replace(config, run=replace(config.run, shared='')))
         except DataError:
             return missing, None
+        check_batches(lists, config)
         too_large = memory_problems([find_method(m) for m in methods], lists, config)
         if too_large:
             return missing + too_large, None

@@ -28,6 +28,7 @@ from .inference import read_cam
 from .parameters import Config, modern
 from .pipeline import pictured_stages, run_stages, shown_images
 from .plots import colour_cam, colour_mask, loss_curves, threshold_curves
+from .sweeps import runs as sweep_runs
 from .training import read_log
 from .work import RANKS, read_json
 
@@ -50,13 +51,15 @@ class Run(NamedTuple):
 
 # %% ../nbs/47_report.ipynb #sbb9c1db
 def find_runs(
-    root: Path | str,  # folder of a run, or of several
+    root: Path | str,  # folder of a run, or of several; or the file of records of a sweep
 ) -> list[Run]:
     "Find the finished runs of a folder. Raises `DataError` where there is none."
     root = Path(root)
     own = root/'metrics.json'
     files = [own] if own.is_file() else sorted(root.glob('*/metrics.json'))
     runs = [Run(f.parent, read_json(f), {}) for f in files]
+    if root.suffix == '.jsonl':  # its folders are gone, or lie beside it
+        runs = [Run(root.with_suffix('')/r['name'], r['metrics'], {}) for r in sweep_runs(root)]
     runs = [r for r in runs if 'seed_miou' in r.metrics]
     if not runs:
         raise DataError(f'{root} holds no finished run: give the folder of a run, or of several; '

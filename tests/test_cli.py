@@ -1,6 +1,9 @@
 "The commands: what they print, and how they end."
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -13,9 +16,10 @@ from ppc import cli
 from ppc.cli import app, run_notebook
 from ppc.data import TagFolder, read_mask, write_mask
 from ppc.folders import class_counts
+from ppc.parameters import Config
 from ppc.pipeline import read_run, run
 from ppc.predicting import load_model
-from ppc.sweeps import run_name
+from ppc.sweeps import run_name, write_records
 
 QUICK = dict(
     batch_size=4, crop=64, target=32, resize=[64, 96], k=4,
@@ -219,6 +223,91 @@ def test_parameters_of_an_earlier_edition(empty, scenes):
     assert found.exit_code == 1 and "There is no parameter 'lr_neu'" in found.stderr
 
 
+@pytest.mark.parametrize('line, given, words', [
+    ('k: 1\nk: 2', '', 'k stands there 2 times'), ('out: 12', '', 'out is 12, it should be'),
+    ('', 'k=[3', '-p k=[3 cannot be read: it is not YAML'), ('3: 4', '', '"name: value"'),
+    ('scales: []', '', 'scales is []'), ('', 'lr=-1e-4', 'lr is -0.0001, it should be above 0'),
+    ('seg_options: {lr: fast}', '', 'options of recipe: lr'), ('device: gpu', '', 'auto, cpu'),
+    ('methods: seam+pcp', '', "no method 'pcp'"), ('', 'out=', 'names no run folder')])
+@pytest.mark.parametrize('command', ['run', 'plan'])
+def test_a_wrong_value_is_a_sentence(empty, scenes, command, line, given, words):
+    out = '' if line.startswith('out') else 'out: x\n'
+    Path('p.yaml').write_text(f'{out}data: {scenes}\n{line}\n')
+    found = ppc(command, 'p.yaml', *(['-p', given] if given else []))
+    assert found.exit_code == 1 and words in found.stderr and len(found.stderr.splitlines()) == 1
+    assert not Path('x').exists() and not isinstance(found.exception, Exception)
+
+
+def test_values_of_a_file_as_they_are_meant(empty):
+    "And on the command line; `seed: 010` is ten."
+    text = 'out: ~/runs/x\ndata: ~/mine\nlr: 1e-4\nprecision: no\nseed: 010\nmethods: seam+ppc\n'
+    Path('p.yaml').write_text(text + 'seg_options: {lr: 3e-4}\n')
+    home = Path.home()
+    for extra in ([], ['lr=1e-4', 'precision=no', 'seed=010', 'methods=seam+ppc', 'data=~/mine']):
+        out, found = cli.read_parameters('p.yaml', extra)
+        assert out == home/'runs'/'x' and found['data'] == str(home/'mine')
+        assert found.pop('methods') == ['seam+ppc'] and found['seg_options'] == {'lr': 3e-4}
+        config = Config.from_flat(**found)
+        assert (config.cam.lr, config.run.precision, config.run.seed) == (1e-4, 'no', 10)
+
+
+TINY = dict(QUICK, methods='cam', crf=False, segmenter='none')
+
+
+def test_changed_data_and_fresh_from(empty, mine):
+    Path('p.yaml').write_text(yaml.safe_dump(dict(TINY, out='x', data=str(mine))))
+    assert ppc('run', 'p.yaml').exit_code == 0
+    tags = mine/'tags.csv'
+    tags.write_text(tags.read_text().replace('train00001,', 'train00001,panda ', 1))
+    found = ppc('run', 'p.yaml')
+    assert found.exit_code == 1 and 'tags changed: 1 (train00001)' in found.stderr
+    assert '--fresh-from cam/train' in found.stderr
+    assert ppc('run', 'p.yaml', '--fresh-from', 'cam/train').exit_code == 0
+    found = ppc('run', 'p.yaml', '--fresh-from', 'crf')
+    assert found.exit_code == 1 and 'choose from cam/train' in found.stderr
+
+
+def ppc_elsewhere(scenes, **env):
+    "`ppc run` in a process of its own, with another environment."
+    Path('p.yaml').write_text(yaml.safe_dump(dict(TINY, out='x', data=str(scenes), refine='none')))
+    root = str(Path(cli.__file__).parent.parent)
+    env = {**os.environ, 'PYTHONPATH': root, 'TQDM_DISABLE': '1', **env}
+    command = [sys.executable, '-m', 'ppc', 'run', 'p.yaml']
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and 'seed    cam train' in done.stdout, done.stderr
+    assert 'Traceback' not in done.stderr
+    return done
+
+
+def test_a_foreign_kernel_python3(empty, scenes, tmp_path):
+    "In the user's folder, of a Python without ppc; the notebook is executed by this one."
+    folder = tmp_path/'home'/'kernels'/'python3'
+    folder.mkdir(parents=True)
+    spec = {'argv': ['/bin/false', '{connection_file}'], 'display_name': 'x', 'language': 'python'}
+    (folder/'kernel.json').write_text(json.dumps(spec))
+    ppc_elsewhere(scenes, JUPYTER_PATH=str(tmp_path/'home'))
+    assert Path('x/run.ipynb').is_file() and Path('x/result.png').is_file()
+
+
+def test_no_home_and_no_git(empty, scenes, tmp_path):
+    "A home that cannot be written to, even by root, and a PATH without git."
+    (tmp_path/'home').write_text('')
+    ppc_elsewhere(scenes, HOME=str(tmp_path/'home'), PATH=str(tmp_path))
+    assert Path('x/run.ipynb').is_file()
+    assert json.loads(Path('x/metrics.json').read_text())['commit'] is None
+
+
+@pytest.mark.parametrize('error', [RuntimeError('It died'), PermissionError(13, 'no'), OSError()])
+def test_a_run_without_its_notebook(empty, scenes, error, monkeypatch):
+    "Is done all the same: its table is printed, and what is missing is said."
+    def fail(*args, **options): raise error
+    monkeypatch.setattr(cli.papermill, 'execute_notebook', fail)
+    Path('p.yaml').write_text(yaml.safe_dump(dict(TINY, out='x', data=str(scenes), refine='none')))
+    found = ppc('run', 'p.yaml')
+    assert found.exit_code == 0 and 'seed    cam train' in found.stdout
+    assert 'its notebook could not be made' in found.stderr and Path('x/report.html').is_file()
+
+
 def test_plan_says_how_long_and_what_is_missing(scenes, tmp_path):
     params = tmp_path/'p.yaml'
     given = dict(QUICK, out='runs/x', data=str(scenes), methods=['cam', 'seam+ppc'], epochs=50)
@@ -309,6 +398,8 @@ def test_sweep_shares_what_runs_have_in_common(empty):
     for name in ('scenes', 'pretrain'):
         assert len({(root/f'k={k}'/name).resolve() for k in (4, 8)}) == 1
     assert len({(root/f'k={k}'/'seam+ppc').resolve() for k in (4, 8)}) == 2
+    found = ppc('sweep', run_notebook(), '-f', 'common.yaml', '-p', 'k=4,8', '-p', 'lr=1e-3')
+    assert found.exit_code == 0 and '2 done' in found.output  # a number, and not a text
     found = ppc('sweep', run_notebook(), '-f', 'common.yaml', '-p', 'K=4')
     assert found.exit_code == 1 and "did you mean 'k'" in found.stderr
 
@@ -346,5 +437,11 @@ def test_table_and_report_of_a_sweep(tmp_path):
     assert ppc('table', page).exit_code == 0 and row in page.read_text()
     page.write_text(text.replace('train', 'tram').format(''))
     assert "no 'tram'" in ppc('table', page).stderr
+    write_records(tmp_path/'k')
+    shutil.move(tmp_path/'k', tmp_path/'moved')
+    found = ppc('report', tmp_path/'k.jsonl')
+    assert found.exit_code == 0 and '4 finished runs' in (tmp_path/'k.html').read_text()
+    assert ppc('report', tmp_path/'none.jsonl').exit_code == 1
+    shutil.move(tmp_path/'moved', tmp_path/'k')
     assert ppc('report', tmp_path/'k').exit_code == 0
     assert '4 finished runs' in (tmp_path/'k'/'report.html').read_text()

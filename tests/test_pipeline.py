@@ -3,6 +3,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 import numpy as np
 import papermill
 import pytest
@@ -17,11 +19,15 @@ from typer.testing import CliRunner
 from ppc import cli, planning, work
 from ppc.backbones import BACKBONES, Backbone, Tiny, build_backbone
 from ppc.cli import run_summary
+from ppc.contrast import READINGS
 from ppc.data import DataError, TagFolder, normalise, read_mask
+from ppc.deeplab import RECIPES
 from ppc.inference import group_by_size, read_cam
+from ppc.irn import IRN_PRESETS
 from ppc.methods import CHANCE_SOURCES, INIT_PARTS, METHODS, Method, find_method, make_camnet
-from ppc.parameters import Config, modern
-from ppc.pipeline import run
+from ppc.parameters import Config, modern, parse_yaml, preset
+from ppc.pipeline import provenance, run
+from ppc.psa import PSA_PRESETS
 from ppc.report import find_runs, gallery, report_page
 from ppc.stages import Stage, stages
 from ppc.training import read_log
@@ -97,6 +103,214 @@ def test_other_data_is_refused(done, scenes, tmp_path):
     tags.write_text('\n'.join([first, f'{second.split(",")[0]},', *rest]) + '\n')
     with pytest.raises(ValueError, match='list train'):
         run(tmp_path/'run', TWO, **settings)
+
+
+# --- data that changed ----------------------------------------------------------------------------
+
+def add_photograph(data, name='a5', split='train'):
+    for folder, ending in (('JPEGImages', 'jpg'), ('SegmentationClass', 'png')):
+        shutil.copy(data/folder/f'train00001.{ending}', data/folder/f'{name}.{ending}')
+    for file, line in ((data/'tags.csv', f'{name},cat\n'), (data/f'ImageSets/{split}.txt', name)):
+        file.write_text(file.read_text().rstrip('\n') + f'\n{line}')
+
+
+def retag(data):
+    rows = (data/'tags.csv').read_text().splitlines()
+    rows[3] = 'train00002,' if rows[3] != 'train00002,' else 'train00002,cat'
+    (data/'tags.csv').write_text('\n'.join(rows) + '\n')
+
+
+def shrink_list(data):
+    path = data/'ImageSets'/'train.txt'
+    path.write_text(''.join(path.read_text().splitlines(keepends=True)[1:]))
+
+
+def turn_list(data):
+    path = data/'ImageSets'/'train.txt'
+    path.write_text('\n'.join(path.read_text().split()[::-1]) + '\n')
+
+
+def rename_class(data):
+    for file in ('classes.txt', 'tags.csv'):
+        (data/file).write_text((data/file).read_text().replace('panda', 'koala'))
+
+
+def paint_mask(data):
+    Image.new('L', (128, 128)).save(data/'SegmentationClass'/'train00004.png')
+
+
+CHANGED = [
+    (add_photograph, r'photographs added: 1 \(a5\)'), (retag, r'tags changed: 1 \(train00002\)'),
+    (shrink_list, r'photographs removed: 1 \(train00000\)'), (turn_list, 'order of the images'),
+    (rename_class, 'classes: .*panda.*, now .*koala'), (paint_mask, r'masks changed: 1'),
+    (lambda data: [add_photograph(data, f'a{n}') for n in range(5)],
+     r'photographs added: 5 \(a0, a1, a2, ...\)')]
+MASKS = dict(batch_size=4, crop=64, target=32, resize=[64, 96], k=4, crf=False, segmenter='none')
+
+
+@pytest.fixture(scope='module')
+def masked(scenes, tmp_path_factory):
+    "A dataset, and a finished run of it that ends with pseudo masks."
+    root = tmp_path_factory.mktemp('masked')
+    shutil.copytree(scenes, root/'data')
+    run(root/'run', ['cam', 'seam'], data=str(root/'data'), **MASKS)
+    return root
+
+
+@pytest.fixture
+def again(masked, tmp_path):
+    "A copy of them, and a function that runs it again."
+    shutil.copytree(masked, tmp_path, dirs_exist_ok=True)
+    settings = dict(MASKS, data=str(tmp_path/'data'))
+    run(tmp_path/'run', ['cam', 'seam'], **settings)  # the dataset has moved
+
+    def call(methods=('cam', 'seam'), **more):
+        return run(tmp_path/'run', methods, **{**settings, **more})
+    return call
+
+
+@pytest.mark.parametrize('finished', [True, False])
+@pytest.mark.parametrize('change, words', CHANGED)
+def test_changed_data_are_named(again, tmp_path, change, words, finished, monkeypatch):
+    "Whether the run is finished or not; nothing is trained, nothing written, nothing lost."
+    if not finished:
+        for stage in ('.', 'masks', 'seam/train'):
+            (tmp_path/'run'/stage/'metrics.json').unlink()
+    change(tmp_path/'data')
+    monkeypatch.setattr(work, 'fit', None)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path/'run').rglob('*') if f.is_file()}
+    with pytest.raises(ValueError, match=f'list train: .*{words}.* --fresh-from train '):
+        again()
+    with pytest.raises(ValueError, match='--fresh-from train '):  # too late a stage
+        again(fresh_from='masks')
+    after = {f: f.stat().st_mtime_ns for f in (tmp_path/'run').rglob('*') if f.is_file()}
+    assert before == after
+
+
+def test_fresh_from_does_a_stage_and_what_depends_on_it(again, tmp_path, monkeypatch):
+    trained, fit = [], work.fit
+
+    def counted(*args, **options):
+        trained.append(options['label'])
+        return fit(*args, **options)
+    monkeypatch.setattr(work, 'fit', counted)
+    kept = (tmp_path/'run'/'cam'/'train'/'weights.safetensors').stat().st_mtime_ns
+    again(fresh_from='seam/train')
+    assert trained == ['seam']
+    again(fresh_from=['cam/seeds', 'seam/seeds'])
+    assert trained == ['seam']
+    assert (tmp_path/'run'/'cam'/'train'/'weights.safetensors').stat().st_mtime_ns == kept
+    add_photograph(tmp_path/'data')
+    found = again(fresh_from='train')
+    assert trained == ['seam', 'cam', 'seam'] and (tmp_path/'run'/'masks'/'a5.png').is_file()
+    assert found['table'][0]['images'] == 17 and again() == found
+    with pytest.raises(ValueError, match="no stage 'trian': choose from cam/train"):
+        again(fresh_from='trian')
+
+
+def test_a_list_that_later_stages_read(again, tmp_path):
+    "The stages before it stay; a list of an earlier edition's run is named without its images."
+    again(segmenter='largefov', seg_options=SMALL)
+    kept = (tmp_path/'run'/'segmenter'/'weights.safetensors').stat().st_mtime_ns
+    add_photograph(tmp_path/'data', 'v1', 'val')
+    settings = dict(segmenter='largefov', seg_options=SMALL)
+    with pytest.raises(ValueError, match=r'list val: photographs added: 1 \(v1\)\).*segmentation '):
+        again(**settings)
+    (tmp_path/'run'/'lists.json').unlink()
+    with pytest.raises(ValueError, match='list val: photographs, tags, classes'):
+        again(**settings)
+    assert again(**settings, fresh_from='segmentation')['table'][-1]['images'] == 5
+    assert (tmp_path/'run'/'segmenter'/'weights.safetensors').stat().st_mtime_ns == kept
+
+
+def test_changed_data_in_runs_that_share(mine, tmp_path):
+    "The stages of the old data stay for other runs, and are not read any more."
+    settings = dict(MASKS, data=str(mine), shared=str(tmp_path/'shared'))
+    for out in ('a', 'b'):
+        run(tmp_path/out, ['cam'], **settings)
+    add_photograph(mine)
+    with pytest.raises(ValueError, match=r'photographs added: 1 \(a5\)'):
+        run(tmp_path/'a', ['cam'], **settings)
+    found = run(tmp_path/'a', ['cam'], **settings, fresh_from='train')
+    assert found['table'][0]['images'] == 17 and (tmp_path/'a'/'masks'/'a5.png').is_file()
+    assert (tmp_path/'a'/'masks').resolve() != (tmp_path/'b'/'masks').resolve()
+    assert len(list((tmp_path/'b'/'masks').glob('*.png'))) == 16
+    fresh = run(tmp_path/'c', ['cam'], **settings)
+    assert fresh['table'] == found['table']
+
+
+def test_a_finished_run_outlives_its_dataset(again, tmp_path):
+    found = again()
+    shutil.rmtree(tmp_path/'data')
+    assert again() == found
+
+
+def test_a_finished_run_of_an_earlier_edition_is_read(again, tmp_path, monkeypatch):
+    "Without a parameter that came later, and with stages that had other keys."
+    monkeypatch.setattr(work, 'fit', None)
+    found, path = again(), tmp_path/'run'/'config.json'
+    made = read_json(path)
+    del made['coats'], made['crf_power']
+    path.write_text(json.dumps(made))
+    for file in (tmp_path/'run').glob('*/train/config.json'):
+        file.write_text(json.dumps({'k': 4}))
+    (tmp_path/'run'/'lists.json').unlink()
+    assert again() == found
+
+
+# --- settings that changed ------------------------------------------------------------------------
+
+def test_a_setting_of_a_stage_that_failed_can_be_mended(again, tmp_path):
+    "The finished stages stay, the failed one begins again without its checkpoint."
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path/'run').glob('*/**/metrics.json')}
+    with pytest.raises(FloatingPointError):
+        again(segmenter='largefov', seg_options=dict(SMALL, lr=1e8))
+    failed = tmp_path/'run'/'segmenter'
+    assert 'FloatingPointError' in (failed/'failed.txt').read_text()
+    (failed/'checkpoint.pt').write_bytes(b'of the failed training')
+    with pytest.warns(UserWarning, match='segmenter is begun again, .* lr = 100000000.0, now'):
+        again(segmenter='largefov', seg_options=SMALL)
+    assert not (failed/'failed.txt').exists()
+    assert kept == {f: f.stat().st_mtime_ns for f in kept}
+
+
+def test_a_stopped_training_is_not_dropped(again, tmp_path):
+    "Its checkpoint may be hours of work; nor is what a failure elsewhere left."
+    for stage in ('.', 'masks', 'best', 'seam/seeds', 'seam/cams-train', 'seam/train'):
+        (tmp_path/'run'/stage/'metrics.json').unlink()
+    assert (tmp_path/'run'/'seam'/'train'/'checkpoint.pt').is_file()
+    with pytest.raises(ValueError, match='map_stride = 4, now map_stride = 2: .*seam/train'):
+        again(map_stride=2)
+    again(map_stride=2, fresh_from='seam/train')
+    assert read_json(tmp_path/'run'/'config.json')['map_stride'] == 2
+
+
+@pytest.mark.parametrize('change, fresh', [
+    (dict(tau=.2), ()), (dict(val_split=''), ()), (dict(workers=1), ()),
+    (dict(refine='none'), 'masks'), (dict(methods=['cam', 'seam', 'cam+ppc']), 'best')])
+def test_a_setting_that_nothing_finished_has_read(again, change, fresh, tmp_path):
+    "Of a finished run, too: what is done stays, and the run's record has the new value."
+    if fresh:
+        with pytest.raises(ValueError, match=f'--fresh-from {fresh} '):
+            again(**change)
+    kept = tmp_path/'run'/'seam'/'train'/'weights.safetensors'
+    written = kept.stat().st_mtime_ns
+    found = again(**change, fresh_from=fresh)
+    name, = change
+    if name == 'workers':  # how a run works is no part of its record
+        return
+    now = [*found['seed_miou']] if name == 'methods' else found['parameters'][name]
+    assert now == change[name] and kept.stat().st_mtime_ns == written
+
+
+def test_generated_scenes_are_not_mixed(tmp_path):
+    settings = dict(ALONE, batch_size=4, crop=64, resize=[64, 96], scenes=12, closeups=32)
+    found = run(tmp_path/'run', ['cam'], **settings)
+    for change in (dict(scenes=14), dict(zoom=1.5), dict(data=str(tmp_path))):
+        name, = change
+        with pytest.raises(ValueError, match=f'{name} = .*now {name} = .*another run folder'):
+            run(tmp_path/'run', ['cam'], **{**settings, **change})
+    assert run(tmp_path/'run', ['cam'], **settings) == found
 
 
 @pytest.mark.parametrize('change', [dict(k=8), dict(scales=[1.0, 1.5]), dict(seed=1)])
@@ -255,10 +469,59 @@ def test_two_processes_do_not_share_a_run(scenes, tmp_path):
 
 @pytest.mark.parametrize('wrong, words', [
     (dict(epoch=3), "did you mean 'epochs'"), (dict(colour='red'), "no parameter 'colour'"),
-    (dict(epochs='3'), 'type int'), (dict(crf=1), 'type bool'), (dict(scales=1.0), 'type list')])
+    (dict(epochs='3'), 'type int'), (dict(crf=1), 'type bool'), (dict(scales=1.0), 'type list'),
+    (dict(scales=[]), r'scales is \[\], it should not be empty'), (dict(scales=[0]), 'above 0'),
+    (dict(scales='1.5'), r"scales is \['1.5'\], it should be of type list, with numbers"),
+    (dict(batch_size=0), 'batch_size is 0, it should be at least 1'),
+    (dict(batch_size=-1), 'at least 1'), (dict(epochs=-3), 'epochs is -3, it should be above 0'),
+    (dict(k=-5), 'at least 0'), (dict(tau=-.1), 'tau is -0.1, it should be above 0'),
+    (dict(lr=-1), 'above 0'), (dict(lr=float('nan')), 'above 0'), (dict(lr='fast'), 'type float'),
+    (dict(threshold=25), 'threshold is 25, it should be at least 0 and below 1'),
+    (dict(device='gpu'), "device is 'gpu': choose from auto, cpu"),
+    (dict(precision='fp8'), 'no, bf16, fp16'), (dict(mask_split=''), 'mask_split .*not be empty'),
+    (dict(crf_iterations=-1), 'at least 0'), (dict(seed=-1), 'seed is -1, it should be at least 0'),
+    (dict(resize=[64, 48]), r'resize is \[64, 48\], .*smaller number first'),
+    (dict(resize=['48', '64']), 'with 2 whole numbers'), (dict(resize=[64]), '2 whole numbers'),
+    (dict(dropout=1.), 'below 1'), (dict(zoom=float('inf')), 'above 0'), (dict(rotate=720), '180'),
+    (dict(epochs=True), 'type int'), (dict(chance={'init': -1}), 'a seed for each source'),
+    (dict(chance={'init': '1'}), 'a seed for each source'), (dict(options=[]), 'type dict')])
 def test_parameters_are_checked(wrong, words):
     with pytest.raises(ValueError, match=words):
         Config.from_flat(**wrong)
+
+
+def test_values_as_they_are_meant():
+    "What YAML or a command line makes of them; every default is within its range."
+    assert Config.from_flat(lr='1e-4', precision=False).flat() == Config.from_flat(
+        lr=1e-4, precision='no').flat()
+    assert Config.from_flat(data='~/photos').run.data == str(Path('~/photos').expanduser())
+    assert Config.from_flat(**Config().flat()) == Config()
+    for presets in (PSA_PRESETS, IRN_PRESETS, RECIPES, READINGS):
+        for name, made in presets.items():
+            values = {f.name: getattr(made, f.name) for f in fields(made)}
+            assert preset('preset', presets, name, values) == made
+
+
+@pytest.mark.parametrize('text, words', [
+    ('k: 1\ntau: .2\nk: 2', 'k stands there 2 times'), ('a: {b: 1, b: 1}', 'b stands there'),
+    ('k: [3', 'not YAML .*line 1')])
+def test_yaml_that_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_yaml(text)
+
+
+def test_numbers_in_yaml():
+    "As in YAML 1.2: 010 is ten."
+    found = parse_yaml('[1e-4, 1E3, 010, -3, +3, .5, 1., 1:30, "1", no, 1e, -, 5.0e-4]')
+    assert found == [1e-4, 1000., 10, -3, 3, .5, 1., '1:30', '1', False, '1e', '-', 5e-4]
+
+
+def test_one_method_may_be_a_text(scenes, tmp_path):
+    alone = dict(ALONE, data=str(scenes), batch_size=4, crop=64, target=32, resize=[64, 96])
+    for n, methods in enumerate(('cam', METHODS['cam'])):
+        assert {*run(tmp_path/str(n), methods, **alone)['seed_miou']} == {'cam'}
+    missing, table = planning.dry_run('seam+ppc', 1, **alone)
+    assert not missing and 'seam+ppc/train' in [*table.stage]
 
 
 def test_parameters_of_an_earlier_edition():
@@ -288,12 +551,42 @@ def test_parameters_of_an_earlier_edition():
     (dict(refine='irn', refine_options={'beat': 8}), 'beta'),
     (dict(segmenter='unet'), "'unet'"), (dict(recipe='deeplab'), 'ssc'),
     (dict(seg_options={'learning_rate': 1}), 'lr'), (dict(seg_backbone='resnet5000'), 'resnet5000'),
+    (dict(methods=[]), 'methods is'), (dict(methods=[3]), 'one or more'),
+    (dict(options={'grid': -8}), 'options of reading: grid is -8, it should be at least 0'),
+    (dict(options={'unit': 1}), 'options of reading: unit is 1, it should be of type bool'),
+    (dict(seg_options={'lr': '1'}), 'options of recipe: lr is .1., it should be of type float'),
+    (dict(seg_options={'scales': []}), 'options of recipe: scales .* not be empty'),
+    (dict(seg_options={'jitter': [.1]}), 'with 4 numbers'),
+    (dict(seg_options={'pairwise': 3}), 'options of recipe: pairwise is 3'),
+    (dict(refine='psa', refine_options={'t': 2.5}), 'options of preset: t is 2.5'),
+    (dict(refine='irn', refine_options={'scale': [2, 1]}), 'smaller number first'),
+    (dict(segmenter='aspp-concat', seg_options={'batch_size': 1}), 'needs two in a batch'),
     (dict(refine='psa', refine_backbone='resnet18', refine_weights='nowhere.pt'),
      'nowhere.pt is missing')])
 def test_wrong_runs_end_before_training(scenes, tmp_path, wrong, words, monkeypatch):
     monkeypatch.setattr(work, 'fit', None)
     with pytest.raises(ValueError, match=words):
         run(tmp_path/'run', **{'methods': ['cam'], 'data': str(scenes), **wrong})
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(scales=[0]), 'above 0'), (dict(methods=[]), 'one or more'),
+    (dict(seg_options={'lr': -1}), 'options of recipe: lr'),
+    (dict(segmenter='aspp-concat', seg_options={'batch_size': 1}), 'needs two in a batch')])
+def test_a_plan_refuses_the_same(scenes, wrong, words, monkeypatch):
+    monkeypatch.setattr(planning, '_probe', None)
+    with pytest.raises(ValueError, match=words):
+        planning.dry_run(**{'methods': ['cam'], 'data': str(scenes), **wrong})
+
+
+@pytest.mark.parametrize('path', ['nothing', 'no-folder/git', 'refused'])
+def test_no_git(path, tmp_path, monkeypatch):
+    "Not on PATH, behind a file that is no folder, or there without the right to start it."
+    (tmp_path/'no-folder').write_text('')
+    (tmp_path/'refused').mkdir()
+    (tmp_path/'refused'/'git').write_text('')
+    monkeypatch.setenv('PATH', str(tmp_path/path))
+    assert provenance()['commit'] is None
 
 
 def test_a_mistake_can_be_mended_in_the_same_folder(scenes, tmp_path):

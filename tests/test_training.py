@@ -126,6 +126,69 @@ def test_the_running_mean_by_hand(tmp_path):
     assert progress == [0, .25, .5, .75]
 
 
+def train_numbers(out, losses, model=None, **options):
+    torch.manual_seed(0)
+    model = model or torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), .01)
+    fit(model, losses, Numbers(), optimizer, out, 4, 4, device='cpu', **options)
+
+
+def square(model, batch): return (model(batch['x'][:, None])**2).mean()
+
+
+@pytest.mark.parametrize('step', [1, 2, 5, 8])
+def test_a_term_that_is_no_number_between_logged_steps(step, tmp_path):
+    "The error names term and step, and no checkpoint is written after it."
+    def losses(model, batch):
+        bad = round(8*batch['progress']) + 1 == step
+        return {'l': square(model, batch), 'wild': torch.tensor(float('nan') if bad else 0.)}
+    with pytest.raises(FloatingPointError, match=f'wild is nan at step {step} of 8'):
+        train_numbers(tmp_path, losses, log_every=100)
+    saved = tmp_path/'checkpoint.pt'
+    assert not saved.exists() or torch.load(saved, weights_only=True)['step'] < step
+    assert not (tmp_path/'weights.safetensors').exists()
+
+
+@pytest.mark.parametrize('ema', [0., .9])
+def test_a_last_gradient_that_is_no_number(tmp_path, ema):
+    "The loss of the last step is finite, the weights after it are not."
+    def losses(model, batch):
+        zero = (0*model(batch['x'][:, None])).sum().abs()
+        return {'l': square(model, batch) + (zero.sqrt() if batch['progress'] > .8 else zero)}
+    with pytest.raises(FloatingPointError, match='is not finite after step 8'):
+        train_numbers(tmp_path, losses, ema=ema)
+    assert not (tmp_path/'weights.safetensors').exists()
+
+
+def test_a_statistic_that_overflowed_once(tmp_path):
+    "The losses do not show it, as a training does not read it."
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
+    def losses(model, batch):
+        if batch['progress'] == .25:
+            model[1].running_var.fill_(float('inf'))
+        return {'l': square(model, batch)}
+    with pytest.raises(FloatingPointError, match='1.running_var is not finite'):
+        train_numbers(tmp_path, losses, model)
+
+
+def test_a_network_may_have_infinities_from_the_start(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer('mask', torch.tensor(-torch.inf))
+    train_numbers(tmp_path, lambda model, batch: {'l': square(model, batch)}, model)
+    assert (tmp_path/'weights.safetensors').is_file()
+
+
+@pytest.mark.parametrize('error', [AssertionError(), ValueError('\n'), KeyError('model\nmore')])
+def test_a_checkpoint_error_without_words(tmp_path, error):
+    class Refusing(torch.nn.Linear):
+        def load_state_dict(self, *args, **options): raise error
+    torch.save({'model': {}}, tmp_path/'checkpoint.pt')
+    words = str(error).strip().split('\n')[0] or type(error).__name__
+    with pytest.raises(DataError, match='cannot be continued from') as found:
+        load_checkpoint(tmp_path/'checkpoint.pt', Refusing(1, 1), None, None)
+    assert f'({words})' in str(found.value)
+
+
 def test_batches_are_a_permutation_each_epoch():
     steps = list(Batches(10, 3, 4, seed=1))
     assert len(steps) == len(Batches(10, 3, 4)) == 12
