@@ -56,7 +56,7 @@ class CamConfig:
     map_stride: int = 4  # SEAM compares maps at the image's size divided by this; the authors': 1
     classifier: str = 'random'  # its first weights: 'random', as the authors', 'zeros', or 'fitted'
     pcm: str = 'learned'  # SEAM's features: 'learned', as the authors', or 'fixed' (13_seam)
-    epochs: int = 1  # how often each image is seen,
+    epochs: int = 1  # how often each image is seen; 0: the weights stay as they begin;
     min_steps: int = 0  # more often where that would be fewer steps: for small folders
     batch_size: int = 8  # images per step and process
     optimizer: str = 'AdamW'  # any class of torch.optim
@@ -116,10 +116,10 @@ class SegmentConfig:
 # %% ../nbs/28_parameters.ipynb #7ed92c47
 RANGES = {  # what is allowed -> whether a number is, and the names it holds for
     'above 0': (lambda x: x > 0, """
-        epochs pretrain_epochs lr lr_displacement tau zoom scales scale resize msc"""),
+        pretrain_epochs lr lr_displacement tau zoom scales scale resize msc"""),
     'at least 0': (lambda x: x >= 0, """
-        seed workers warm_epochs translate head_lr_mult head_lr bias_lr weight_decay k alpha beta
-        crf_power crf_iterations grid low high level jitter"""),
+        seed workers epochs warm_epochs min_steps cam_size translate head_lr_mult head_lr bias_lr
+        weight_decay k alpha beta crf_power crf_iterations grid low high level jitter"""),
     'at least 1': (lambda x: x >= 1, """
         scenes closeups output_stride crop target map_stride batch_size width dilation t"""),
     'from 0 to 1': (lambda x: 0 <= x <= 1, """

@@ -46,7 +46,7 @@ class Batches:
         self.n, self.batch_size = n, min(batch_size, n)
         self.seed, self.start = seed, start
         self.per_epoch = n//self.batch_size
-        self.steps = max(1, min_steps, round(self.per_epoch*epochs))
+        self.steps = max(1 if epochs else 0, min_steps, round(self.per_epoch*epochs))
 
     def __len__(self): return self.steps - self.start
 

@@ -473,7 +473,7 @@ def test_two_processes_do_not_share_a_run(scenes, tmp_path):
     (dict(scales=[]), r'scales is \[\], it should not be empty'), (dict(scales=[0]), 'above 0'),
     (dict(scales='1.5'), r"scales is \['1.5'\], it should be of type list, with numbers"),
     (dict(batch_size=0), 'batch_size is 0, it should be at least 1'),
-    (dict(batch_size=-1), 'at least 1'), (dict(epochs=-3), 'epochs is -3, it should be above 0'),
+    (dict(batch_size=-1), 'at least 1'), (dict(epochs=-3), 'epochs is -3, it should be at least 0'),
     (dict(k=-5), 'at least 0'), (dict(tau=-.1), 'tau is -0.1, it should be above 0'),
     (dict(lr=-1), 'above 0'), (dict(lr=float('nan')), 'above 0'), (dict(lr='fast'), 'type float'),
     (dict(threshold=25), 'threshold is 25, it should be at least 0 and below 1'),

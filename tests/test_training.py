@@ -8,9 +8,12 @@ import time
 import pytest
 import torch
 from ppc.backbones import Tiny, load_weights, read_weights, torchvision_state
-from ppc.data import DataError, WriteError
+from ppc.data import DataError, TagFolder, WriteError
+from ppc.methods import find_method, make_camnet
+from ppc.parameters import Config
 from ppc.sources import conversion_record
 from ppc.training import Batches, fit, load_checkpoint, read_log
+from ppc.work import Inputs, train_cam
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +205,19 @@ def test_a_batch_has_at_most_all_images():
     assert [len(b) for b in Batches(16, 32, 2)] == [16, 16]
     with pytest.raises(ValueError, match='no images'):
         Batches(0, 32, 1)
+
+
+def test_no_epoch_is_no_step(scenes, tmp_path):
+    "The weights are written as they begin."
+    assert Batches(10, 4, 0).steps == 0 and Batches(10, 4, 1e-9).steps == 1
+    torch.manual_seed(0)
+    config, data = Config.from_flat(epochs=0, crop=64, target=32), TagFolder(scenes)
+    train_cam(tmp_path, Inputs({}, {'train': data}), config, find_method('seam'))
+    torch.manual_seed(0)
+    begun = make_camnet(config, len(data.classes), find_method('seam')).state_dict()
+    found = read_weights(tmp_path/'weights.safetensors')
+    assert all(torch.equal(found[k], v) for k, v in begun.items())
+    assert read_log(tmp_path/'log.jsonl') == []
 
 
 @pytest.mark.parametrize('n, least, steps', [(60, 300, 300), (6000, 300, 750), (3, 7, 7)])
