@@ -41,9 +41,10 @@ def multi_scale_maps(
     for s in scales:
         x = resize(images, [max(1, round(s*n)) for n in size])
         parts = torch.cat([x, x.flip(-1)]).split(_at_once(x.shape[-2:]))
-        plain, mirrored = torch.cat([maps(part) for part in parts]).chunk(2)
-        total = total + resize(plain, size)
-        total = total + resize(mirrored, size).flip(-1)
+        found = [maps(part) for part in parts]
+        found = found[0] if len(found) == 1 else torch.cat(found)
+        plain, mirrored = resize(found, size).chunk(2)
+        total = total + plain + mirrored.flip(-1)
     return total/(2*len(scales))
 
 def _at_once(size): return max(1, FORWARD_PIXELS//(size[0]*size[1]))

@@ -62,6 +62,8 @@ def _winner(cam, present, shape):
     "First best class of each pixel and its score; background with score -1 if no class is present."
     if not len(present):
         return np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.float32)
+    if np.isnan(cam).any():
+        raise ValueError('The CAM holds NaN, which is neither above nor below a threshold.')
     winner, score = np.full(shape, present[0]), cam[0]
     for c, m in zip(present[1:], cam[1:]):  # an image has few classes: faster than argmax and take
         winner[m > score] = c

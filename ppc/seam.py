@@ -79,8 +79,9 @@ def spread(
 ) -> Tensor:  # (N, C+1, hw)
     "Average each map over the pixels that are alike, never with all affinities at once."
     N, _, n = g.shape
-    whole = torch.is_grad_enabled() and g.requires_grad
-    step = n if whole else max(1, min(n, entries//(N*n)))
+    if torch.is_grad_enabled() and g.requires_grad or N*n*n <= entries:
+        return m @ affinity_columns(g, g)
+    step = max(1, entries//(N*n))
     return torch.cat([m @ affinity_columns(g, part) for part in g.split(step, 2)], 2)
 
 # %% ../nbs/13_seam.ipynb #867be868
