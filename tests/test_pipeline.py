@@ -287,7 +287,7 @@ def test_a_stopped_training_is_not_dropped(again, tmp_path):
 
 @pytest.mark.parametrize('change, fresh', [
     (dict(tau=.2), ()), (dict(val_split=''), ()), (dict(workers=1), ()),
-    (dict(refine='none'), 'masks'), (dict(methods=['cam', 'seam', 'cam+ppc']), 'best')])
+    (dict(threshold=.3), 'best'), (dict(methods=['cam', 'seam', 'cam+ppc']), 'best')])
 def test_a_setting_that_nothing_finished_has_read(again, change, fresh, tmp_path):
     "Of a finished run, too: what is done stays, and the run's record has the new value."
     if fresh:
