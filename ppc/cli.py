@@ -26,7 +26,7 @@ import typer
 from jupyter_client.kernelspec import NoSuchKernel
 from papermill.exceptions import PapermillExecutionError
 from .coco import make_coco
-from .data import read_image
+from .data import Notice, read_image
 from .deeplab import export as export_network
 from .folders import class_counts, folder_report, make_folder, mask_remarks
 from .methods import DEFAULT_METHODS
@@ -142,13 +142,14 @@ EXPECTED = ValueError, FileNotFoundError, FloatingPointError, ImportError, Stopp
 def errors_as_sentences() -> Iterator[None]:
     "An error that the user can mend becomes a sentence; so do warnings of a run's settings."
     with warnings.catch_warnings():
-        show = warnings.showwarning
+        show, shown = warnings.showwarning, set()
 
-        def show_sentence(message, *about, **more):
-            if any(words in str(message) for words in (' is now ', ' is begun again')):
+        def show_sentence(message, category, *about, **more):
+            if not issubclass(category, Notice):
+                show(message, category, *about, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
                 typer.echo(f'ppc: {message}', err=True)
-            else:
-                show(message, *about, **more)
         warnings.showwarning = show_sentence
         try:
             yield

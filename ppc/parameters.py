@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_origin
 import yaml
+from .data import Notice
 
 # %% ../nbs/28_parameters.ipynb #d1c0806e
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class Config:
     @classmethod
     def from_flat(cls, **parameters: Any) -> 'Config':
         "Parameters by flat name. Raises `ValueError` for an unknown name, a wrong type or range."
-        parameters = {k: plain(k, v) for k, v in modern(parameters, warnings.warn).items()}
+        parameters = {k: plain(k, v) for k, v in modern(parameters, _notice).items()}
         for name, value in parameters.items():
             check_value(_parameter(name), value)
         def group(kind):
@@ -299,6 +300,9 @@ class Config:
         return Config(**{f.name: group(f.name) for f in fields(self)})
 
 # %% ../nbs/28_parameters.ipynb #9c107b60
+def _notice(sentence):
+    warnings.warn(sentence, Notice, stacklevel=3)
+
 PARAMETERS = {f.name: f for group in fields(Config) for f in fields(group.default_factory)}
 
 def _parameter(name):

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 # %% ../nbs/39_pipeline.ipynb #2b5425d3
 from .backbones import describe_start
-from .data import DataError, TagFolder, atomic, check, read_classes
+from .data import DataError, Notice, TagFolder, atomic, check, read_classes
 from .deeplab import DeepLab
 from .inference import forward_memory, largest_size, memory_limit
 from ppc.methods import (
@@ -271,7 +271,7 @@ def settle(
                 f'it and what depends on it done again, {_advice(p, stale)}.')
     for name, changes in stale.items():
         warnings.warn(f'{p.out/name} is begun again, it was made {changes_text(changes)}.',
-                      stacklevel=2)
+                      Notice, stacklevel=2)
     for name in reversed(dependents(p.stages, {*dropped, *stale})):
         drop_stage(p.out/name)
     for name in ('metrics.json', 'config.json'):  # of the run; it has them again in the end
