@@ -63,7 +63,7 @@ from ppc.sources import (
 from .sources import convert as convert_weights
 from .sources import fetch as fetch_weights
 from ppc.sweeps import (
-    OWN_KERNEL,
+    QUIET,
     OwnKernel,
     defaults,
     grid,
@@ -108,7 +108,7 @@ def execute(
     typer.echo('Writing the notebook.')
     given = dict(modern(parameters), out=str(out))
     try:
-        papermill.execute_notebook(book, Path(out)/'run.ipynb', given, **OWN_KERNEL)
+        papermill.execute_notebook(book, Path(out)/'run.ipynb', given, **QUIET)
     except (PapermillExecutionError, RuntimeError, OSError) as e:  # RuntimeError: of the kernel
         reason = str(e).strip().splitlines() or [type(e).__name__]
         typer.echo(f'ppc: the run is done, but its notebook could not be made ({reason[-1]}).',

@@ -60,13 +60,13 @@ from ppc.stages import (
 from .training import Batches, make_optimizer
 from ppc.work import (
     LARGE,
-    RANKS,
     Inputs,
     affinity_options,
     learns_closeups,
     load_segmenter,
     make_segmenter,
     mask_inputs,
+    ranked_images,
     read_json,
     seed_threshold,
     segmentation_recipe,
@@ -536,7 +536,7 @@ def shown_images(
     "The images that pictures of a run show (`ranked_images`)."
     path = Path(run)/'shown'/'metrics.json'
     found = read_json(path).get('images') if path.is_file() else None
-    return found or dict.fromkeys(data.ids[:len(RANKS)], '')
+    return found or ranked_images(data, Path(run)/'masks')
 
 # %% ../nbs/39_pipeline.ipynb #17c9f3f6
 def trained_segmenter(

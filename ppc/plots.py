@@ -123,16 +123,18 @@ def loss_curves(
     ax: plt.Axes | None = None,  # axes to draw on; None: a new figure
     window: int = 5,             # rows averaged
 ) -> plt.Axes:
-    "Draws every term of a training log against the step."
+    "Draws every term of a training log against the step; of an empty log nothing."
     ax = ax or plt.subplots(figsize=_CURVE_SIZE)[1]
     steps = [row['step'] for row in rows]
-    for term in [k for k in rows[0] if k not in ('step', 'lr', 'images_per_s')]:
+    terms = [k for k in (rows[0] if rows else ()) if k not in ('step', 'lr', 'images_per_s')]
+    for term in terms:
         values = _running_mean([row[term] for row in rows], window)
         ax.plot(steps[-len(values):], values, label=term, lw=1)
     ax.set_title(title, fontsize=8)
     ax.set_xlabel('step', fontsize=8)
     ax.tick_params(labelsize=6)
-    ax.legend(fontsize=5, loc='upper right', frameon=False)  # a frame would hide curves
+    if terms:
+        ax.legend(fontsize=5, loc='upper right', frameon=False)  # a frame would hide curves
     return ax
 
 # %% ../nbs/03_plots.ipynb #62b6d43e

@@ -9,6 +9,7 @@ __all__ = ['ADVICE', 'SHARED_MEMORY', 'Losses', 'Batches', 'poly', 'make_optimiz
 # %% ../nbs/30_training.ipynb #ac658ec3
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -205,6 +206,7 @@ class _Learner:
 
     def loader(self, data, batches, workers):
         "The items of these batches on this process's device; the processes take turns."
+        workers = min(workers, os.cpu_count() or 1)  # with more they wait for each other
         loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
         return _explained(self.accelerator.prepare(loader))
 
