@@ -131,6 +131,31 @@ def demo_table(demo):
         'pseudo masks minus SEAM + contrast': minus(masks, ours)})
 
 
+def own_table(found):
+    "What sixty and more photographs give, over draws."
+    def cell(values): return mean_std(values) if len(values) > 1 else f'{values[0]:.1f}'
+    names = ('photographs', 'draws', 'mIoU without tags', 'background', 'cat', 'dog',
+             'mIoU with tags')
+    lines = [f'| {" | ".join(names)} |', '|---'*len(names) + '|']
+    for size in sorted({int(r['parameters']['data'].split()[0]) for r in found}):
+        draws = [r for r in found if r['parameters']['data'] == f'{size} photographs']
+        without = [r['without tags'] for r in draws]
+        columns = [[statistics.mean(ious) for ious in without], *zip(*without, strict=True),
+                   [statistics.mean(r['with tags']) for r in draws]]
+        cells = [cell(values) for values in columns]
+        lines.append(f'| {size} | {len(draws)} | **{cells[0]}** | {" | ".join(cells[1:])} |')
+    return '\n'.join(lines)
+
+
+def test_own_photographs_are_those_of_the_runs():
+    "The README's table; every draw has its seed, and the runs were those of the recipe."
+    found = [*records('own-animals').values()]
+    assert own_table(found) in README
+    recipe = read_yaml(find_recipe('own_data'))
+    told = 'data', 'out', 'methods', 'workers', 'crf'  # crf: masks are made from the same CRF
+    assert all(r['parameters'][k] == v for r in found for k, v in recipe.items() if k not in told)
+
+
 def test_speeds_are_those_of_the_bench():
     file = ROOT/'runs'/'bench'/'x86-64-2-threads.json'
     loader, _, _, crf, psa, irn = json.loads(file.read_text())
