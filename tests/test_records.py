@@ -17,7 +17,7 @@ DIGESTS = {   # sweep -> number of runs, digest of their records
     'components': (63, 'e27b63a7acb645eca28f1a749f43941581c71a7ac6e03910e434f2b3cbb3ecb4'),
     'components-animals': (18, 'eed9abb3fabb33167496eea7f11e69bbe229ee4f57d0b8b8fc16aff9b5bcf683'),
     'components-calm': (18, '4b55b3e046543dc493ca22eba784b310512c82a38a928ba50d09200507b0b0bd'),
-    'components-lite0': (4, '27bc9d1c589ca08d068254002f8a8caec0c9260e716ac6c4d796fe29a7f87dd3'),
+    'components-lite0': (6, '610c568e212fb658852cc60388a8e904b74674e0b460fe594aebb76cf23fae94'),
     'components-short-animals':
         (18, '8dce749f3484cbe41d47114dcfca8a00dd97f07123f0cc9ec36ec7f99474d3af'),
     'demo': (5, 'cdfb37d9260fd140eefc3c5aa66b7c146ffc182013c68cbf58d82ff9396fd12f'),
