@@ -92,7 +92,7 @@ def test_weights_and_recipes(ppc):
     done = ppc('weights')
     assert done.returncode == 0 and 'voc_seam' in done.stdout, done.stderr
     printed = ppc('recipe', 'own_data')
-    assert yaml.safe_load(printed.stdout)['methods'] == ['seam+ppc']
+    assert yaml.safe_load(printed.stdout)['methods'] == ['seam']
     missing = ppc('run', 'nowhere.yaml')
     assert missing.returncode == 1 and 'own_data' in missing.stderr
 

@@ -69,7 +69,7 @@ def copied(done, tmp_path):
 
 class Halves:
     "A model whose masks are known: background on the left, class 2 on the right. It keeps a log."
-    classes = ['background', 'cat', 'dog']
+    classes, limit = ['background', 'cat', 'dog'], 1024
     def __init__(self):
         self.seen = []
 
