@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 from .data import DataError, TagFolder
+from .deeplab import Recipe
 from .methods import Method, find_method, method_list
 from .parameters import Config
 from .pipeline import Plan, check_batches, do_stage, memory_problems, open_lists, splits
@@ -77,10 +78,14 @@ def shortened(
     batches = [o.batch_size for o in (c, affinity, recipe) if o]
     lists = {k: first_images(data, max(steps, *batches)) for k, data in lists.items()}
     def epochs(split, batch): return steps/Batches(len(lists[split]), batch, 1).steps
+    def short(o):
+        n = epochs(r.mask_split, o.batch_size)
+        return {'epochs': n, 'min_steps': 0} if isinstance(o, Recipe) else {'epochs': n}
     def few(options, o):
-        return {**options, 'epochs': epochs(r.mask_split, o.batch_size)} if o else options
+        return {**options, **short(o)} if o else options
     n = epochs(c.train_split, c.batch_size)
-    c = replace(c, epochs=n, warm_epochs=min(n, c.warm_epochs), pretrain_epochs=n, weights='')
+    c = replace(c, epochs=n if c.epochs else 0, min_steps=0, weights='', pretrain_epochs=n,
+                warm_epochs=min(n, c.warm_epochs))
     r = replace(r, refine_options=few(r.refine_options, affinity), refine_weights='')
     g = replace(g, seg_options=few(g.seg_options, recipe), seg_weights='')
     return Config(replace(config.run, shared=''), c, config.seeds, r, g), lists
@@ -123,7 +128,7 @@ def _probe(folder, config, methods, found, lists, steps):
 # %% ../nbs/44_planning.ipynb #f1a091f8
 def _whole_seconds(folder, row, took, images):
     "The time of the whole stage from that of its probe."
-    if 'steps' not in row:
+    if not row.get('steps'):
         return took['seconds']/images*row['images']
     ends = [step['step']*row['batch']/step['images_per_s'] for step in read_log(folder/'log.jsonl')]
     each = (ends[-1] - ends[0])/(len(ends) - 1) if len(ends) > 1 else ends[0]

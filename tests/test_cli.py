@@ -167,7 +167,7 @@ def test_a_recipe_is_found_by_its_name_from_an_empty_folder(empty, scenes):
     given = (*tiny, f'data={scenes}', 'resize=[64, 96]', 'batch_size=4', 'workers=0')
     options = [word for item in given for word in ('-p', item)]
     found = ppc('plan', 'own_data', '--steps', 1, *options)
-    assert found.exit_code == 0 and 'seam+ppc/train' in found.output and 'in all' in found.output
+    assert found.exit_code == 0 and 'seam/train' in found.output and 'in all' in found.output
     found = ppc('plan', 'voc_seam')
     assert found.exit_code == 1 and 'datasets/voc' in found.output
     assert 'ilsvrc-cls_rna-a1_cls1000_ep-0001.params is missing' in found.output

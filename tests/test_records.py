@@ -28,7 +28,7 @@ DIGESTS = {   # sweep -> number of runs, digest of their records
     'longer': (27, 'dac22dc02eecf4bc38d8f4f942c3c631ecd8b728cec354afd9e0807b4e1b72c6'),
     'longer-animals': (24, '205c4a96bc68633da362089f76aac39adf3c2011b040f0f9aabd46c436d7e5bd'),
     'options': (48, 'c6ce55d9c698b2225ad2802a0c109f838951077cf8737ff9a37ce498160e6d05'),
-    'own-animals': (5, '3e8bb94c8815c0fa076a8a94264acb92131d9d626be3684d58cdc43243c60184'),
+    'own-animals': (15, '9669e5f3fa9176988334adf182fdb4ededa59d447476bc43bb202505b1767ad6'),
     'presets': (93, 'def7920e1c1fc9be160b0dc0d38ec5bb73756e5acf19b8583d91da02670fc541'),
     'refinement': (33, 'c9e94c3c9740d3629cf40b76a6e98a218b06ae1c3136b37795e6b8c659c2cd4b'),
     'segmentation': (24, '77d0095100c71258efaa17dbdfd03598d37b2b0f7015f47db5fc8996fd785d3b'),
