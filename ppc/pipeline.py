@@ -451,8 +451,9 @@ def mask_advice(
 def later_numbers(found: dict) -> dict:
     "The numbers of pseudo masks and segmenter."
     masks, segmentation = (found.get(name, {}) for name in ('masks', 'segmentation'))
+    advice = mask_advice(masks.get('large', 0), found['best']['threshold'])
     return {
-        'advice': mask_advice(masks.get('large', 0), found['best']['threshold']),
+        **({'advice': advice} if advice else {}),
         'best': found['best']['method'], 'mask_miou': masks['miou'], 'mask_iou': masks.get('iou'),
         'segmentation_miou': segmentation.get('miou'), 'segmentation_iou': segmentation.get('iou')}
 

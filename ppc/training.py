@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -180,6 +181,7 @@ class _Learner:
     "A model in training: its weights, their optimiser and their running mean, saved in one folder."
     def __init__(self, model, optimizer, out, precision, device, ema):
         self.began, self.out = time.time(), Path(out)
+        AcceleratorState._reset_state()  # a session may train in one precision, then in another
         self.accelerator = Accelerator(mixed_precision=precision, cpu=device == 'cpu')
         if precision != 'no':
             model.to(memory_format=torch.channels_last)   # fastest for half precision

@@ -30,7 +30,7 @@ from ppc.crf import (
     write_masks,
 )
 from ppc.data import TagFolder, read_image, read_mask
-from ppc.inference import write_cam
+from ppc.inference import read_cam, write_cam
 from ppc.scenes import scene
 
 PHOTOS = Path(__file__).parents[2]/'shared'/'data'/'voc-animals'
@@ -400,7 +400,7 @@ def test_masks_are_the_same_from_one_process_or_two(scenes, tmp_path, monkeypatc
         assert one.read_bytes() == two.read_bytes()
     assert any((read_mask(a) != read_mask(b)).any() for a, b in zip(files['one'], files['other']))
     first = folder.ids[0]
-    labels = module.seed_mask(*module.read_cam(cams/f'{first}.npz'), .3)
+    labels = module.seed_mask(*read_cam(cams/f'{first}.npz'), .3)
     want = dense_crf(read_image(folder.files[first]), labels, 7)
     assert (read_mask(files['one'][0]) == want).all()
 
