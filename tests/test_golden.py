@@ -168,7 +168,7 @@ RECIPES = {
 }
 CHANGING = {
     'seconds', 'peak_memory_mb', 'commit', 'versions', 'device', 'threads', 'parameters',
-    'images_per_s'}
+    'images_per_s', 'advice'}  # advice: a sentence, which the record is older than
 
 
 def kernels():
