@@ -139,6 +139,17 @@ def train_numbers(out, losses, model=None, **options):
 def square(model, batch): return (model(batch['x'][:, None])**2).mean()
 
 
+def test_one_process_trains_in_several_precisions(tmp_path):
+    "And each training in its own: bf16 changes the weights, and what is repeated is the same."
+    def losses(model, batch): return {'l': square(model, batch)}
+    weights = []
+    for n, precision in enumerate(('no', 'bf16', 'no')):
+        train_numbers(tmp_path/str(n), losses, precision=precision)
+        weights.append(read_weights(tmp_path/str(n)/'weights.safetensors')['weight'])
+    first, half, again = weights
+    assert torch.equal(first, again) and not torch.equal(first, half)
+
+
 @pytest.mark.parametrize('step', [1, 2, 5, 8])
 def test_a_term_that_is_no_number_between_logged_steps(step, tmp_path):
     "The error names term and step, and no checkpoint is written after it."
